@@ -1,0 +1,1 @@
+"""Every default, once: the records a run is configured by, their checks, and the YAML groups beside them."""

@@ -1,0 +1,425 @@
+"""The records a run is configured by. Every default lives here, once; YAML files say only what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class EngineKind(Enum):
+    """Which inference engine samples."""
+
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class ExpanderKind(Enum):
+    """Where a tree branches."""
+
+    chains = "chains"
+    random_expand = "random_expand"
+    beam_forks = "beam_forks"
+
+
+class ToolFormat(Enum):
+    """How a call is written in a turn."""
+
+    words = "words"
+    """<call> tool arg arg </call> and <answer> ... </answer>, for word-level vocabularies."""
+    hermes = "hermes"
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Qwen and Hermes models write it."""
+
+
+class OnMalformed(Enum):
+    """What follows a turn that is neither a call nor an answer."""
+
+    end = "end"
+    reply = "reply"
+
+
+class Level(Enum):
+    """What a source scores, or what a credit term compares."""
+
+    step = "step"
+    trajectory = "trajectory"
+
+
+class Backup(Enum):
+    """How the leaves below a step speak for it."""
+
+    leaf_mean = "leaf_mean"
+    max = "max"
+
+
+class Scope(Enum):
+    """The set a value is compared within."""
+
+    prompt = "prompt"
+    """Trajectories of one prompt; for a step term, all its steps pooled, each once."""
+    tree = "tree"
+    """As `prompt`, within one of the prompt's M trees (`Node.branch`)."""
+    siblings = "siblings"
+    """Steps that continue the same step."""
+
+
+class Normalizer(Enum):
+    """How a value is compared with its scope."""
+
+    none = "none"
+    center = "center"
+    zscore = "zscore"
+
+
+class Singleton(Enum):
+    """What a value alone in its scope becomes."""
+
+    zero = "zero"
+    raw = "raw"
+
+
+class TokenWeight(Enum):
+    """How often a step shared by k trajectories counts."""
+
+    per_leaf = "per_leaf"
+    sqrt_leaf = "sqrt_leaf"
+    unique = "unique"
+
+
+class TrackerMode(Enum):
+    """Where wandb writes."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """How long a run is and where it writes."""
+
+    name: str = "run"
+    """Name of the run folder and of the run at the tracker."""
+    dir: str = "runs/${run.name}-seed${seed}"
+    """Folder of everything the run writes; an existing run there is resumed only with run.resume=true."""
+    num_steps: int = 60
+    """Optimiser steps (one batch of prompts each)."""
+    max_generated_tokens: int = 0
+    """Stop once this many tokens were sampled in training; 0 for no limit."""
+    eval_every_steps: int = 10
+    """Held-out evaluation each so many steps, and always before the first and after the last; 0 for only those two."""
+    eval_prompts: int = 256
+    """Held-out prompts in one evaluation, one trajectory each."""
+    eval_temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
+    checkpoint_every_steps: int = 20
+    """Checkpoint each so many steps, and always at the end; 0 for only the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept on disk."""
+    record_every_steps: int = 1
+    """Write the scored trees of each so many steps to trees/; 0 to write none."""
+    resume: bool = False
+    """Continue the run in run.dir from its newest intact checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised warm start of the tiny policy by TRL's SFTTrainer, on demonstrations that the task makes itself."""
+
+    num_steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    num_demonstrations: int = 4000
+    first_try_share: float = 0.5
+    """Chance that a demonstration tries the right tool first: below 1 the demonstrations are of mixed quality."""
+    num_threads: int = 2
+    """Torch threads of the warm start."""
+    cache_dir: str = "runs/warm_start"
+    """Where the warm-started checkpoint is kept, one folder for each distinct setting."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyModelConfig:
+    """Sizes of the policy that Grove makes itself when model.path is empty (Qwen3 architecture)."""
+
+    hidden_size: int = 96
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    """vLLM on CPU refuses 16."""
+    intermediate_size: int = 288
+    initializer_range: float = 0.06
+    """The usual 0.02 learns far slower at this size."""
+    max_position_embeddings: int = 512
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = ""
+    """Folder or hub name of a Hugging Face causal LM; "" makes and warm-starts the task's tiny model."""
+    dtype: str = "float32"
+    """Weights of learner and engine: float32, bfloat16 or float16."""
+    tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where a split's rows come from."""
+
+    path: str = ""
+    """A .jsonl, .json or .parquet file, or the name of a dataset for `datasets.load_dataset`."""
+    split: str = ""
+    """Split of a named dataset; "" for a file."""
+    max_rows: int = 0
+    """Use only the first so many rows; 0 for all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ColumnsConfig:
+    """Which columns of a row mean what."""
+
+    question: str = "question"
+    answer: str = "answer"
+    """Column with the reference answer; "" when there is none."""
+    max_calls: str = ""
+    """Column with the row's own call budget; "" to use task.max_calls for all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HopSearchConfig:
+    """The embedded task: walk a chain of relations with tools that serve one relation each."""
+
+    hops: list[int] = field(default_factory=lambda: [3])
+    """Chain lengths that questions are drawn from."""
+    num_tools: int = 4
+    num_relations: int = 12
+    num_worlds: int = 64
+    """Training worlds; held-out questions use another world and names never seen in training."""
+    spare_calls: int = 2
+    """Tool calls allowed beyond the number of hops."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """What the policy is asked and what it may use."""
+
+    name: str = "hop_search"
+    generator: str = ""
+    """Task that makes its own questions ("hop_search"); "" reads task.train and task.eval."""
+    hop_search: HopSearchConfig = field(default_factory=HopSearchConfig)
+    train: DataConfig = field(default_factory=DataConfig)
+    eval: DataConfig = field(default_factory=DataConfig)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    answer_pattern: str = ""
+    """Regular expression whose last match's first group is the reference answer inside the answer column; "" takes all."""
+    system_prompt: str = ""
+    tools: list[str] = field(default_factory=list)
+    """Plain typed Python functions, as "file.py:function" or "package.module:function"."""
+    tool_format: ToolFormat = ToolFormat.hermes
+    on_malformed: OnMalformed = OnMalformed.reply
+    max_calls: int = 8
+    """Tool calls in one episode."""
+    tool_timeout_s: float = 10.0
+    """Longest one tool call may take; a slower one ends its trajectory untrained."""
+    max_tool_crashes_share: float = 0.05
+    """Share of tool calls in a step's batch that may crash or hang before the run stops."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """How trees grow."""
+
+    engine: EngineKind = EngineKind.vllm
+    num_workers: int = 2
+    """Rollout workers, one engine each."""
+    prompts_per_step: int = 16
+    expander: ExpanderKind = ExpanderKind.beam_forks
+    num_leaves: int = 8
+    """Trajectories of one prompt: n of chains and beam_forks."""
+    max_forks: int = 2
+    """beam_forks: most continuations of one step (PORTool's f)."""
+    num_trees: int = 2
+    """random_expand: independent chains that start a prompt (Tree-GRPO's M)."""
+    expand_nodes: int = 2
+    """random_expand: steps re-expanded per tree and round (N)."""
+    expand_rounds: int = 1
+    """random_expand: rounds (L)."""
+    keep_leaves: int = 3
+    """random_expand: trajectories kept per tree (k); 0 keeps all."""
+    max_steps: int = 8
+    """Depth limit of a tree, in steps."""
+    max_turn_tokens: int = 8
+    """Tokens of one step."""
+    max_context_tokens: int = 512
+    """Tokens of one path, prompt included."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tree_timeout_s: float = 300.0
+    """Longest one tree may take; its open trajectories are then cut with StopReason.deadline."""
+    max_worker_restarts: int = 3
+    """Dead workers replaced in one run before it stops."""
+    start_timeout_s: float = 600.0
+    """Longest wait for the engines to load."""
+    max_running_requests: int = 256
+    """Requests one engine runs at once."""
+    kv_cache_mib: int = 256
+    """Key-value cache of one CPU engine, in MiB."""
+    gpu_memory_share: float = 0.85
+    """Share of a GPU's memory one engine may take."""
+    tensor_parallel_size: int = 1
+    """GPUs of one engine."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One reward source."""
+
+    fn: str = ""
+    """A function or class: "file.py:name" or "package.module:name"."""
+    target: str = ""
+    """The same as a dotted path ("package.module.name"), in YAML written `_target_`."""
+    level: str = ""
+    """"step" or "trajectory"; "" reads it from the arguments: a function that asks for `step` scores steps."""
+    weight: float = 1.0
+    """Factor of this source in its signal; 0 records the score and trains nothing."""
+    signal: str = ""
+    """Signal the score adds to; "" is "step" for steps and "outcome" for trajectories."""
+    timeout_s: float = 10.0
+    """Longest scoring one tree may take; later answers are timed out, not 0."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Extra keyword arguments by name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardsConfig:
+    """Who scores, and how much may fail."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    max_failed_share: float = 0.05
+    """Share of one source's scores in a step's batch that may fail or time out before the run stops."""
+    num_processes: int = 1
+    """Processes that run functions from a user's file."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SignalUse:
+    """How a credit term reads one signal."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+    """The term uses scale * signal + shift, e.g. 2 and -1 to read {0, 1} as {-1, +1}."""
+    bound: bool = False
+    """PORTool: multiply by gamma^max_steps / 2, so that [-1, +1] never outranks a decayed outcome of +-1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TermConfig:
+    """One advantage: a value, the scope it is compared within, a normaliser, and a weight."""
+
+    level: Level = Level.trajectory
+    """trajectory: one value per leaf, given to every step of its path; step: one value per step."""
+    signals: dict[str, SignalUse] = field(default_factory=dict)
+    """Signals whose sum is the value. In a step term trajectory signals are backed up from the leaves."""
+    backup: Backup = Backup.leaf_mean
+    gamma: float = 1.0
+    """Decay per step between a step and the end of its trajectory, in backed-up signals."""
+    scope: Scope = Scope.prompt
+    normalizer: Normalizer = Normalizer.zscore
+    ddof: int = 1
+    """1 for the unbiased deviation, 0 for the population's."""
+    eps: float = 1e-6
+    """Added to the deviation."""
+    min_std: float = 0.0
+    """Floor of the deviation, so that a tiny difference is not blown up to a unit advantage."""
+    singleton: Singleton = Singleton.zero
+    weight: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class CreditConfig:
+    """How scores become advantages."""
+
+    name: str = ""
+    terms: dict[str, TermConfig] = field(default_factory=dict)
+    shared_token_weight: TokenWeight = TokenWeight.per_leaf
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """PPO-clip on the tree."""
+
+    clip_low: float = 0.2
+    """Lower clip of the ratio: 1 - clip_low."""
+    clip_high: float = 0.28
+    """Upper clip of the ratio: 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Upper bound of the ratio where the advantage is negative; 0 for none."""
+    kl_coef: float = 0.0
+    """Weight of the k3 estimate of KL(policy || reference), in the loss; 0 loads no reference."""
+    entropy_coef: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    """The optimiser and how batches are cut."""
+
+    learning_rate: float = 5e-4
+    warmup_steps: int = 10
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mini_batches: int = 2
+    """Optimiser updates per step; prompts are cut whole."""
+    pack_tokens: int = 8192
+    """Unique tokens of one forward pass."""
+    gradient_checkpointing: bool = False
+    num_threads: int = 2
+    """Torch threads of the learner on CPU."""
+    update_timeout_s: float = 3600.0
+    """Longest one update may take."""
+    canary_samples: int = 4
+    """Sampled steps that are scored again by each engine and by the learner after every weight update; 0 to skip."""
+    canary_max_logprob_gap: float = 0.05
+    """Largest mean gap, in nats, that the canary accepts; float32 agrees to 1e-5, bfloat16 to about 0.03."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """Where the actors run."""
+
+    address: str = ""
+    """Address of a running Ray cluster; "" starts one on this machine and stops it at the end."""
+    num_cpus: int = 0
+    """Cores offered to Ray; 0 for all."""
+    object_store_mib: int = 256
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Experiment tracking by wandb."""
+
+    mode: TrackerMode = TrackerMode.offline
+    project: str = "grove"
+    entity: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same run."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

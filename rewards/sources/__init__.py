@@ -1,0 +1,1 @@
+"""Reward sources that ship with Grove."""

@@ -1,0 +1,69 @@
+"""What a score can be: a value, failed, timed out, or not applicable. Never 0 for "don't know"."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rollout.tree import Tree
+
+
+class ScoreStatus(StrEnum):
+    """The four outcomes of asking a source; only `scored` carries a number and only it trains."""
+
+    scored = "scored"
+    failed = "failed"
+    timed_out = "timed_out"
+    not_applicable = "not_applicable"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one source says of one step or one trajectory."""
+
+    value: float
+    """The number; NaN unless status is `scored`."""
+    status: ScoreStatus = ScoreStatus.scored
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status is ScoreStatus.scored and not math.isfinite(self.value):
+            raise ValueError(f"a score must be finite, got {self.value}; return None when there is nothing to say")
+
+    @classmethod
+    def failed(cls, reason: str) -> Score:
+        """The source broke: its value is unknown and trains nothing."""
+        return cls(math.nan, ScoreStatus.failed, reason)
+
+    @classmethod
+    def timed_out(cls, reason: str) -> Score:
+        """The source did not answer within its limit."""
+        return cls(math.nan, ScoreStatus.timed_out, reason)
+
+    @classmethod
+    def not_applicable(cls, reason: str = "") -> Score:
+        """The source has nothing to say here; it neither helps nor harms."""
+        return cls(math.nan, ScoreStatus.not_applicable, reason)
+
+    @property
+    def is_scored(self) -> bool:
+        """True when the value is real."""
+        return self.status is ScoreStatus.scored
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoredTree:
+    """A tree and what every source said of it, each unique step and each trajectory once."""
+
+    tree: Tree
+    step_scores: dict[str, dict[int, Score]] = field(default_factory=dict)
+    """source -> row of the step -> score; only steps on a trained path are asked about."""
+    leaf_scores: dict[str, dict[int, Score]] = field(default_factory=dict)
+    """source -> row of the leaf -> score of the trajectory that ends there."""
+    step_signals: dict[str, dict[int, Score]] = field(default_factory=dict)
+    """signal -> row -> weighted sum of the sources that feed it (`rewards.blend`)."""
+    leaf_signals: dict[str, dict[int, Score]] = field(default_factory=dict)
+    """signal -> leaf row -> weighted sum of the trajectory sources that feed it."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """source -> seconds it took on this tree."""

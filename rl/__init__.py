@@ -1,0 +1,1 @@
+"""Learns: credit on trees, the policy update, the loop, and the commands."""

@@ -1,0 +1,1 @@
+"""Credit: from scores on a forest to an advantage for every (node, trajectory) pair."""

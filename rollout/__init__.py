@@ -1,0 +1,1 @@
+"""Grows trees: engines, environments, expanders, and the Ray actors that carry them."""
