@@ -17,10 +17,6 @@ class Engine(Protocol):
         """Continue `context_ids` by one step. Siblings that share a prefix are computed behind one cached prefix."""
         ...
 
-    async def score(self, context_ids: list[int], action_ids: list[int]) -> list[float]:
-        """Log-probability of each action token behind the context, at temperature 1."""
-        ...
-
     async def load_weights(self, path: str, version: int) -> None:
         """Load a safetensors file of the same architecture in place, drop every cache it makes stale, bump `version`."""
         ...

@@ -1,0 +1,51 @@
+"""Waiting for Ray with a limit, and saying what is awaited."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from conf.errors import WaitTimeout
+
+logger = logging.getLogger(__name__)
+
+SAY_AFTER_S = 30.0
+"""A wait longer than this is logged, and again each time as long."""
+
+
+def wait_some(refs: Sequence[ray.ObjectRef[Any]], *, limit_s: float, what: str) -> list[ray.ObjectRef[Any]]:
+    """The refs that are ready, at least one.
+
+    Args:
+        limit_s: longest wait, in seconds.
+        what: what is awaited, for the log and the error.
+    Raises: WaitTimeout when none came in time.
+    """
+    started = time.monotonic()
+    while True:
+        waited_s = time.monotonic() - started
+        if waited_s >= limit_s:
+            raise WaitTimeout(
+                f"{what} did not come within {limit_s:.0f} s. Look into the run's logs/ folder for the process that "
+                "hangs, or raise the limit if the work is really that long."
+            )
+        ready, _ = ray.wait(list(refs), num_returns=1, timeout=min(SAY_AFTER_S, limit_s - waited_s))
+        if ready:
+            return ready
+        logger.warning("still waiting for %s after %.0f s (limit %.0f s)", what, time.monotonic() - started, limit_s)
+
+
+def wait_all(refs: Sequence[ray.ObjectRef[Any]], *, limit_s: float, what: str) -> list[Any]:
+    """Values of all refs, in order. Raises WaitTimeout, and whatever a call raised."""
+    started = time.monotonic()
+    waiting = list(refs)
+    while waiting:
+        left_s = max(0.1, limit_s - (time.monotonic() - started))
+        ready = wait_some(waiting, limit_s=left_s, what=f"{what} ({len(waiting)} of {len(refs)} left)")
+        ray.get(ready)
+        waiting = [ref for ref in waiting if ref not in ready]
+    return ray.get(list(refs))

@@ -1,0 +1,120 @@
+"""The rollout worker: a thin Ray actor around an engine and an environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from conf.schema import Config, EngineKind, RolloutConfig
+from rollout.engine import Engine
+from rollout.expand import build_expander
+from rollout.grow import grow_tree
+from rollout.seeds import derive_seed
+from rollout.tree import Tree
+from rollout.types import Prompt, Sampled, Sampling
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment variables of a worker's process; vLLM reads them when it is imported."""
+    return {
+        # Spinning OpenMP threads of two engines on two cores cost a factor of 20.
+        "OMP_NUM_THREADS": "1",
+        # On CPU the executor then lives in the engine's process: one process less for each worker.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # On CPU the compiler would be run for one tiny function at the first request (9 s).
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # The driver has resolved the model to a folder.
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def gpu_worker_environment() -> dict[str, str]:
+    """As `worker_environment`, leaving vLLM its own processes, compiler and threads on a GPU."""
+    kept = ("VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+    return {name: value for name, value in worker_environment().items() if name in kept}
+
+
+def send_output_to(path: Path) -> None:
+    """Send this process's standard output and error, and those of the processes it starts, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def build_engine(cfg: Config, model_path: str) -> Engine:
+    """The engine that the config names; the choice imports only what it needs."""
+    if cfg.rollout.engine is EngineKind.vllm:
+        from rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(cfg, model_path)
+    from rollout.hf_engine import TransformersEngine
+
+    return TransformersEngine(cfg, model_path)
+
+
+class RolloutWorker:
+    """Carries one engine. Async methods run side by side on one event loop, so many trees grow at once."""
+
+    def __init__(self, cfg: Config, model_path: str, log_path: str) -> None:
+        send_output_to(Path(log_path))
+        self._cfg, self._model_path = cfg, model_path
+
+    async def start(self) -> None:
+        """Load model, tokenizer and environment."""
+        from transformers import AutoTokenizer
+
+        from rollout.chat import build_environment
+
+        self._environment = build_environment(self._cfg, AutoTokenizer.from_pretrained(self._model_path))
+        self._engine = build_engine(self._cfg, self._model_path)
+
+    async def grow(self, prompt: Prompt, rollout: RolloutConfig, seed: int) -> Tree:
+        """Grow the tree of one prompt."""
+        expander = build_expander(rollout, derive_seed(seed, "expander"))
+        return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed)
+
+    async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
+        """Sample one step, for the canary."""
+        return await self._engine.sample(context_ids, sampling)
+
+    async def load_weights(self, path: str, version: int) -> None:
+        """Take new weights in place."""
+        await self._engine.load_weights(path, version)
+
+    async def close(self) -> None:
+        """Stop the engine and its processes."""
+        await self._engine.close()
+
+
+def start_worker(cfg: Config, model_path: str, log_path: str, *, use_gpu: bool) -> Any:
+    """A new worker actor, still loading."""
+    environment = gpu_worker_environment() if use_gpu else worker_environment()
+    options: dict[str, Any] = dict(
+        num_cpus=1,
+        num_gpus=cfg.rollout.tensor_parallel_size if use_gpu else 0,
+        max_concurrency=1000,
+        max_restarts=0,
+        runtime_env={"env_vars": environment},
+    )
+    return ray.remote(RolloutWorker).options(**options).remote(cfg, model_path, log_path)
+
+
+def evaluation_rollout(cfg: Config) -> RolloutConfig:
+    """How held-out prompts are answered: one trajectory each, at the evaluation's temperature."""
+    from conf.schema import ExpanderKind
+
+    return replace(
+        cfg.rollout, expander=ExpanderKind.chains, num_leaves=1, temperature=cfg.run.eval_temperature, top_p=1.0
+    )
