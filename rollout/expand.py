@@ -121,9 +121,7 @@ class RandomExpand:
 
     def _places(self, tree: Tree, branch: int) -> list[Expansion]:
         inner = [
-            row
-            for row, node in enumerate(tree.nodes)
-            if node.branch == branch and node.stop is StopReason.continues
+            row for row, node in enumerate(tree.nodes) if node.branch == branch and node.stop is StopReason.continues
         ]
         rng = random.Random(derive_seed(self._seed, "random_expand", self._round, branch))
         return [Expansion(row, branch) for row in sorted(rng.choices([ROOT, *inner], k=self._nodes))]

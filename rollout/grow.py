@@ -79,9 +79,7 @@ class _Grown:
 class _Growth:
     """A tree under growth: its rows, and for each row its key and the environment's state behind it."""
 
-    def __init__(
-        self, prompt: Prompt, engine: Engine, environment: Environment, cfg: RolloutConfig, seed: int
-    ) -> None:
+    def __init__(self, prompt: Prompt, engine: Engine, environment: Environment, cfg: RolloutConfig, seed: int) -> None:
         self.tree = Tree(prompt=prompt)
         self._engine, self._environment, self._cfg, self._seed = engine, environment, cfg, seed
         self._keys: list[tuple[int, ...]] = []

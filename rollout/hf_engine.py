@@ -76,7 +76,11 @@ class TransformersEngine:
         cache = DynamicCache()
         while True:
             out = self._model(
-                input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT, past_key_values=cache, logits_to_keep=1
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=position_BT,
+                past_key_values=cache,
+                logits_to_keep=1,
             )
             logits_BV = out.logits[:, -1].float().cpu()
             for row, request in enumerate(batch):

@@ -39,12 +39,12 @@ class _Worker:
 class RolloutPool:
     """`cfg.rollout.num_workers` workers that share the prompts of a batch."""
 
-    def __init__(self, cfg: Config, model_path: str, log_dir: Path, *, use_gpu: bool) -> None:
+    def __init__(self, cfg: Config, model_path: str, log_dir: Path, *, gpus_per_worker: float = 0) -> None:
         """Start every worker and wait until all engines are loaded.
 
         Raises: WaitTimeout, WorkerLost when an engine does not come up.
         """
-        self._cfg, self._model_path, self._log_dir, self._use_gpu = cfg, model_path, log_dir, use_gpu
+        self._cfg, self._model_path, self._log_dir, self._gpus = cfg, model_path, log_dir, gpus_per_worker
         self._weights: tuple[str, int] | None = None
         self._restarts = 0
         # Side by side: most of a start is imports.
@@ -55,7 +55,9 @@ class RolloutPool:
             self.close()
             raise
 
-    def grow(self, prompts: Sequence[Prompt], seed: int, rollout: RolloutConfig | None = None) -> Iterator[tuple[int, Tree]]:
+    def grow(
+        self, prompts: Sequence[Prompt], seed: int, rollout: RolloutConfig | None = None
+    ) -> Iterator[tuple[int, Tree]]:
         """Trees of the prompts as they finish, each with the index of its prompt.
 
         A tree depends on its prompt, the seed and the weights alone, so one that is grown again elsewhere is the same.
@@ -73,7 +75,9 @@ class RolloutPool:
             self._hand_out(waiting, prompts, rollout, seed, share)
             calls = {ref: worker for worker in self._workers for ref in worker.trees}
             try:
-                ready = wait_some(list(calls), limit_s=limit_s, what=f"a tree ({len(waiting) + len(calls)} of {len(prompts)} left)")
+                ready = wait_some(
+                    list(calls), limit_s=limit_s, what=f"a tree ({len(waiting) + len(calls)} of {len(prompts)} left)"
+                )
             except WaitTimeout:
                 for worker in set(calls.values()):
                     waiting.extendleft(self._replace(worker, f"grew no tree within {limit_s:.0f} s"))
@@ -141,7 +145,7 @@ class RolloutPool:
         return lost
 
     def _new_actor(self, number: int) -> Any:
-        return start_worker(self._cfg, self._model_path, str(self._log_path(number)), use_gpu=self._use_gpu)
+        return start_worker(self._cfg, self._model_path, str(self._log_path(number)), num_gpus=self._gpus)
 
     def _log_path(self, number: int) -> Path:
         return self._log_dir / f"rollout_worker_{number}.log"

@@ -51,7 +51,9 @@ class Tree:
         """Append a step and return its row."""
         assert ROOT <= node.parent < len(self.nodes), "a parent comes before its children"
         assert len(node.action_ids) == len(node.action_logprobs), "one log-probability per sampled token"
-        assert node.parent == ROOT or self.nodes[node.parent].stop is StopReason.continues, "an ended step has no children"
+        assert node.parent == ROOT or self.nodes[node.parent].stop is StopReason.continues, (
+            "an ended step has no children"
+        )
         self.nodes.append(node)
         return len(self.nodes) - 1
 
@@ -84,9 +86,7 @@ class Tree:
 
     def trained_leaves(self) -> list[int]:
         """Leaves whose trajectory may be scored and trained: kept, and ended by the policy rather than by the world."""
-        return [
-            row for row in self.leaves() if self.nodes[row].kept and self.nodes[row].stop not in WORLD_FAILED
-        ]
+        return [row for row in self.leaves() if self.nodes[row].kept and self.nodes[row].stop not in WORLD_FAILED]
 
     def num_generated_tokens(self) -> int:
         """Tokens the policy sampled, pruned steps included."""

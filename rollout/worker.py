@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +97,14 @@ class RolloutWorker:
         await self._engine.close()
 
 
-def start_worker(cfg: Config, model_path: str, log_path: str, *, use_gpu: bool) -> Any:
+def start_worker(cfg: Config, model_path: str, log_path: str, *, num_gpus: float) -> Any:
     """A new worker actor, still loading."""
-    environment = gpu_worker_environment() if use_gpu else worker_environment()
+    environment = gpu_worker_environment() if num_gpus else worker_environment()
     options: dict[str, Any] = dict(
         num_cpus=1,
-        num_gpus=cfg.rollout.tensor_parallel_size if use_gpu else 0,
+        num_gpus=num_gpus,
         max_concurrency=1000,
         max_restarts=0,
         runtime_env={"env_vars": environment},
     )
     return ray.remote(RolloutWorker).options(**options).remote(cfg, model_path, log_path)
-
-
-def evaluation_rollout(cfg: Config) -> RolloutConfig:
-    """How held-out prompts are answered: one trajectory each, at the evaluation's temperature."""
-    from conf.schema import ExpanderKind
-
-    return replace(
-        cfg.rollout, expander=ExpanderKind.chains, num_leaves=1, temperature=cfg.run.eval_temperature, top_p=1.0
-    )

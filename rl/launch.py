@@ -1,0 +1,145 @@
+"""Starts the parts of a run on Ray, and stops them whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from conf.errors import ConfigError, WaitTimeout
+from conf.schema import Config
+from rewards.actor import start_reward_service
+from rewards.service import check_failure_budget
+from rewards.types import ScoredTree
+from rl.policy.actor import start_learner
+from rl.policy.weights import WeightPublisher
+from rollout.pool import RolloutPool
+from rollout.tree import Tree
+from rollout.waiting import wait_all
+
+logger = logging.getLogger(__name__)
+
+CLOSE_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShare:
+    """How the machine's GPUs are dealt out."""
+
+    per_worker: float
+    learner: float
+    memory_share: float
+    """Share of its GPU's memory that one engine may take."""
+
+
+def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
+    """Whole GPUs for everyone where there are enough, else all parts share what there is.
+
+    Raises: ConfigError when a tensor-parallel engine would have to share.
+    """
+    rollout = cfg.rollout
+    if num_gpus == 0:
+        return GpuShare(0, 0, rollout.gpu_memory_share)
+    if num_gpus >= rollout.num_workers * rollout.tensor_parallel_size + 1:
+        return GpuShare(rollout.tensor_parallel_size, 1, rollout.gpu_memory_share)
+    if rollout.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"rollout.num_workers={rollout.num_workers} engines of rollout.tensor_parallel_size="
+            f"{rollout.tensor_parallel_size} and a learner need {rollout.num_workers * rollout.tensor_parallel_size + 1} "
+            f"GPUs, and there are {num_gpus:g}: an engine that spans GPUs cannot share them. Lower either."
+        )
+    parts = rollout.num_workers + 1
+    parts_per_gpu = -(-parts // int(num_gpus))
+    return GpuShare(1 / parts_per_gpu, 1 / parts_per_gpu, rollout.gpu_memory_share / parts_per_gpu)
+
+
+class Scoring:
+    """The driver's side of the reward service."""
+
+    def __init__(self, cfg: Config, actor: Any) -> None:
+        self._cfg, self._actor = cfg, actor
+
+    def submit(self, trees: Iterable[tuple[int, Tree]]) -> dict[int, Any]:
+        """Hand trees over as they arrive, so that scoring overlaps growing. Returns the calls by index of the prompt."""
+        return {index: self._actor.score.remote(tree) for index, tree in trees}
+
+    def collect(self, calls: dict[int, Any]) -> list[ScoredTree]:
+        """The scored trees, in the order of their prompts.
+
+        Raises: RewardFailed when a source fails more often than rewards.max_failed_share; WaitTimeout.
+        """
+        limit_s = 60.0 + len(calls) * sum(source.timeout_s for source in self._cfg.rewards.sources.values())
+        scored = wait_all([calls[index] for index in sorted(calls)], limit_s=limit_s, what="the reward service")
+        check_failure_budget(scored, self._cfg.rewards)
+        return scored
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The running parts, as handles."""
+
+    pool: RolloutPool
+    scoring: Scoring
+    learner: Any
+    """Handle of the `LearnerActor`; None in an evaluation."""
+    publisher: WeightPublisher | None
+
+
+@contextlib.contextmanager
+def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool = True) -> Iterator[Parts]:
+    """Ray, the reward service, the learner and the rollout workers; all stopped on the way out.
+
+    Raises: ConfigError, WaitTimeout, WorkerLost when a part does not come up.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ray(cfg))
+        share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
+        engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
+        reward_actor = start_reward_service(cfg.rewards, str(log_dir / "reward_service.log"))
+        stack.callback(_close_actor, reward_actor, "the reward service")
+        learner = None
+        if with_learner:
+            learner = start_learner(cfg, model_path, str(log_dir / "learner.log"), num_gpus=share.learner)
+            stack.callback(ray.kill, learner)
+        wait_all([reward_actor.ping.remote()], limit_s=cfg.rollout.start_timeout_s, what="the reward service to start")
+        pool = RolloutPool(engine_cfg, model_path, log_dir, gpus_per_worker=share.per_worker)
+        stack.callback(pool.close)
+        publisher = None
+        if learner is not None:
+            wait_all([learner.ready.remote()], limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
+            publisher = WeightPublisher(cfg, learner, pool)
+            stack.callback(publisher.close)
+        yield Parts(pool, Scoring(cfg, reward_actor), learner, publisher)
+
+
+@contextlib.contextmanager
+def _ray(cfg: Config) -> Iterator[None]:
+    options: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=False)
+    if cfg.cluster.address:
+        ray.init(address=cfg.cluster.address, **options)
+    else:
+        ray.init(
+            num_cpus=cfg.cluster.num_cpus or None,
+            include_dashboard=False,
+            object_store_memory=cfg.cluster.object_store_mib * 2**20,
+            _node_ip_address="127.0.0.1",
+            **options,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _close_actor(actor: Any, what: str) -> None:
+    """Let an actor close what it started, then make sure."""
+    try:
+        wait_all([actor.close.remote()], limit_s=CLOSE_LIMIT_S, what=f"{what} to close")
+    except (WaitTimeout, ray.exceptions.RayError) as error:
+        logger.warning("%s did not close (%s) and is killed", what, error)
+    ray.kill(actor)

@@ -1,0 +1,27 @@
+"""The training loop: the algorithm, about one line for each arrow of the flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conf.schema import Config
+from rl.run import opened_run
+
+
+def train(cfg: Config) -> dict[str, Any]:
+    """Train a policy and leave a run folder behind.
+
+    Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, versions.
+    Raises: GroveError for whatever the user or the world did; KeyboardInterrupt after a checkpoint.
+    """
+    with opened_run(cfg) as run:
+        run.evaluate_if_due()
+        while run.goes_on():
+            prompts = run.next_prompts()
+            trees = run.grow(prompts)
+            scored = run.score(trees)
+            credit = run.assign(scored)
+            run.update(scored, credit)
+            run.finish_step(scored, credit)
+            run.evaluate_if_due()
+        return run.finish()

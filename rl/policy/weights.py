@@ -1,0 +1,100 @@
+"""Publishes the learner's weights to the engines, and makes sure they arrived."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.errors import StaleWeights
+from conf.schema import Config
+from rollout.pool import RolloutPool
+from rollout.seeds import derive_seed
+from rollout.tree import Tree
+from rollout.types import Sampling
+from rollout.waiting import wait_all
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class WeightPublisher:
+    """Writes each version to memory shared on this machine and has every engine load it in place."""
+
+    def __init__(self, cfg: Config, learner: Any, pool: RolloutPool) -> None:
+        self._cfg, self._learner, self._pool = cfg, learner, pool
+        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        self._folder = Path(tempfile.mkdtemp(prefix="grove-weights-", dir=parent))
+
+    def publish(self, version: int, trees: Sequence[Tree]) -> dict[str, float]:
+        """Bring every engine to `version` and compare it with the learner on contexts of `trees`.
+
+        Returns: metrics. Raises: StaleWeights when an engine's log-probs differ from the learner's by more than
+        learner.canary_max_logprob_gap on average; WaitTimeout.
+        """
+        started = time.monotonic()
+        path = self._folder / f"version_{version}.safetensors"
+        limit_s = self._cfg.learner.update_timeout_s
+        wait_all(
+            [self._learner.save_weights.remote(str(path))], limit_s=limit_s, what="the learner to write its weights"
+        )
+        self._pool.load_weights(str(path), version)
+        for older in self._folder.glob("version_*.safetensors"):
+            if older != path:
+                older.unlink()
+        gap_nats = self._canary_gap_nats(version, trees)
+        return {
+            "weights/version": float(version),
+            "weights/canary_gap_nats": gap_nats,
+            "weights/sync_seconds": time.monotonic() - started,
+        }
+
+    def close(self) -> None:
+        """Remove the published files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _canary_gap_nats(self, version: int, trees: Sequence[Tree]) -> float:
+        """Largest over the engines of the mean |engine - learner| log-prob gap.
+
+        The steps are sampled afresh behind contexts that were cached before the update, so that stale weights, a stale
+        tied head and a stale prefix cache all show.
+        """
+        contexts = [deepest_context(tree) for tree in trees[: self._cfg.learner.canary_samples]]
+        gaps: list[list[float]] = []
+        for number, context_ids in enumerate(contexts):
+            seed = derive_seed(self._cfg.seed, "canary", version, number)
+            sampling = Sampling(max_tokens=min(16, self._cfg.rollout.max_turn_tokens), seed=seed)
+            sampled = self._pool.sample_everywhere(context_ids, sampling)
+            if any(each.version != version for each in sampled):
+                raise StaleWeights(
+                    f"an engine serves version {min(each.version for each in sampled)} after version {version} was "
+                    "published: what it samples would be trained as if the newest policy had said it."
+                )
+            scored = wait_all(
+                [self._learner.score.remote([(context_ids, each.token_ids) for each in sampled])],
+                limit_s=self._cfg.learner.update_timeout_s,
+                what="the learner to score the canary",
+            )[0]
+            gaps.append([mean_gap(each.logprobs, logprobs) for each, logprobs in zip(sampled, scored, strict=True)])
+        gap_nats = max((sum(engine) / len(engine) for engine in zip(*gaps, strict=True)), default=0.0)
+        if not gap_nats <= self._cfg.learner.canary_max_logprob_gap:  # NaN is no agreement
+            raise StaleWeights(
+                f"after weight update {version} an engine's log-probs differ from the learner's by {gap_nats:.4f} nats on "
+                f"average, above learner.canary_max_logprob_gap={self._cfg.learner.canary_max_logprob_gap}: it samples from "
+                "another policy than the one being trained. float32 agrees to 1e-5 and bfloat16 to about 0.03; a larger "
+                "gap means that the update did not reach every layer (a tied head, a cache) of this model."
+            )
+        return gap_nats
+
+
+def deepest_context(tree: Tree) -> list[int]:
+    """Context of the tree's deepest step: the longest prefix an engine may have cached."""
+    deepest = max(range(len(tree.nodes)), key=tree.depth, default=None)
+    return tree.path_ids(-1 if deepest is None else tree.nodes[deepest].parent)
+
+
+def mean_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Mean absolute difference of two equally long lists of log-probs, in nats."""
+    return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)

@@ -1,0 +1,339 @@
+"""A run: its parts, its counters and its folder. Each method is one arrow of the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import CheckpointError, ConfigError
+from conf.schema import Config
+from rewards.types import ScoredTree
+from rl import checkpoint
+from rl.credit.assign import Credit, assign
+from rl.credit.forest import Forest, forest_of
+from rl.evaluate import evaluate, successes_of
+from rl.launch import Parts, launched
+from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
+from rl.model import resolve_model
+from rl.policy.pack import TreeCredit
+from rl.progress import Progress
+from rl.record import Advantages, write_trees
+from rl.run_folder import RunFolder, installed_versions, open_run_folder, route_logs, settings
+from rl.tracker import Tracker
+from rl.view import write_report
+from rollout.data import PromptSource, build_prompt_source
+from rollout.health import check_tool_crashes
+from rollout.seeds import derive_seed
+from rollout.tree import Tree
+from rollout.types import Prompt
+from rollout.waiting import wait_all
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_LIMIT_S = 600.0
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """What a resumed run must know beside weights and optimiser. Random draws need no state: seeds name their place."""
+
+    step: int = 0
+    """Steps finished; also the version of the weights."""
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    success_before: float | None = None
+    success_after: float | None = None
+    success_standard_error: float | None = None
+    evaluated_step: int | None = None
+
+
+@contextlib.contextmanager
+def opened_run(cfg: Config) -> Iterator[Run]:
+    """A run ready to train: folder, data, model and every part started; all closed on the way out.
+
+    An interrupt or a lost part leaves a checkpoint of the last finished step behind.
+    """
+    folder = open_run_folder(Path(cfg.run.dir), settings(cfg), resume=cfg.run.resume)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(cfg))
+        stack.callback(route_logs(folder.logs))
+        stack.enter_context(_terminate_as_interrupt())
+        with progress.stage("model"):
+            model_path = resolve_model(cfg, progress.warm_start)
+        source = _prompt_source(cfg, model_path)
+        tracker = Tracker(cfg.tracker, folder.path, cfg.run.name, settings(cfg))
+        stack.callback(tracker.finish)
+        with progress.stage("start"):
+            parts = stack.enter_context(launched(cfg, model_path, folder.logs))
+        route_logs(folder.logs)  # vllm and ray have put handlers of their own in place meanwhile
+        run = Run(cfg, folder, source, parts, progress, tracker)
+        run.restore()
+        try:
+            yield run
+        except BaseException as error:
+            run.rescue(error)
+            raise
+
+
+def _prompt_source(cfg: Config, model_path: str) -> PromptSource:
+    from transformers import AutoTokenizer
+
+    return build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path))
+
+
+class Run:
+    """The state of the loop and the parts it drives."""
+
+    def __init__(
+        self, cfg: Config, folder: RunFolder, source: PromptSource, parts: Parts, progress: Progress, tracker: Tracker
+    ) -> None:
+        self.cfg, self.folder, self.state = cfg, folder, RunState()
+        self._source, self._parts, self._progress, self._tracker = source, parts, progress, tracker
+        self._metrics: dict[str, float] = {}
+        self._started = self._step_started = time.monotonic()
+        self._checkpointed_step = 0
+        self._log: MetricsLog | None = None
+        self._forest: Forest | None = None
+
+    def restore(self) -> None:
+        """Continue from the newest intact checkpoint when run.resume asks for it."""
+        found = checkpoint.newest(self.folder.checkpoints) if self.cfg.run.resume else None
+        if found is not None:
+            stored = checkpoint.load_state(found)
+            if stored["seed"] != self.cfg.seed:
+                raise ConfigError(
+                    f"seed={self.cfg.seed} differs from the seed={stored['seed']} that {found.path} was trained with: the "
+                    f"resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
+                )
+            self.state = RunState(**stored["run"])
+            self._checkpointed_step = self.state.step
+            self._ask(self._parts.learner.load.remote(str(found.path)), "the learner to load its checkpoint")
+            assert self._parts.publisher is not None, "a training run publishes weights"
+            self._parts.publisher.publish(self.state.step, [])
+            self._progress.note(f"resumed {found.path} at step {self.state.step}")
+        self.folder.drop_trees_after(self.state.step)
+        self._log = MetricsLog(self.folder.metrics, resume_step=self.state.step)
+        self._started = time.monotonic() - self.state.seconds
+
+    def goes_on(self) -> bool:
+        """False once the steps or the tokens of the config are used up."""
+        limit = self.cfg.run.max_generated_tokens
+        return self.state.step < self.cfg.run.num_steps and not 0 < limit <= self.state.generated_tokens
+
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of this step: a function of the seed and the step alone."""
+        self._metrics, self._step_started = {}, time.monotonic()
+        return self._source.batch(self.state.step, self.cfg.rollout.prompts_per_step)
+
+    def grow(self, prompts: list[Prompt]) -> Iterator[tuple[int, Tree]]:
+        """Trees as they finish, with the index of their prompt."""
+        return self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", self.state.step))
+
+    def score(self, trees: Iterator[tuple[int, Tree]]) -> list[ScoredTree]:
+        """Grow and score at once; the trees come back in the order of their prompts."""
+        with self._stage("grow"):
+            grown = self._parts.scoring.submit(trees)
+        with self._stage("score"):
+            scored = self._parts.scoring.collect(grown)
+        trees_grown = [each.tree for each in scored]
+        check_tool_crashes(trees_grown, self.cfg.task)
+        self._metrics |= rollout_metrics(trees_grown, self._metrics["time/grow_seconds"])
+        self._metrics |= reward_metrics(scored)
+        successes = [success for each in scored for success in successes_of(each)]
+        if successes:
+            self._metrics["rollout/success_share"] = sum(successes) / len(successes)
+        return scored
+
+    def assign(self, scored: list[ScoredTree]) -> Credit:
+        """An advantage for every step and trajectory."""
+        with self._stage("credit"):
+            self._forest = forest_of(scored)
+            credit = assign(self._forest, self.cfg.credit, self.cfg.rollout.max_steps)
+        trained_N = credit.w0_N > 0
+        num_trained = max(1, int(trained_N.sum()))
+        for name, part_P in credit.parts.items():
+            self._metrics[f"credit/{name}_abs_mean"] = float(part_P.abs().mean()) if len(part_P) else 0.0
+        zero_N = trained_N & (credit.w_pos_N == 0) & (credit.w_neg_N == 0)
+        self._metrics["credit/zero_advantage_share"] = int(zero_N.sum()) / num_trained
+        return credit
+
+    def update(self, scored: list[ScoredTree], credit: Credit) -> None:
+        """Train on the trees and bring the new weights to the engines, in one piece: an interrupt waits."""
+        assert self._forest is not None and self._parts.publisher is not None, "credit was assigned in a training run"
+        trees = tree_credits(scored, self._forest, credit)
+        with _uninterrupted():
+            with self._stage("update"):
+                self._metrics |= self._ask(
+                    self._parts.learner.update.remote(trees, self.state.step), f"update {self.state.step}"
+                )
+            self.state.step += 1
+            self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
+            self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
+            with self._stage("publish"):
+                self._metrics |= self._parts.publisher.publish(self.state.step, [each.tree for each in scored])
+
+    def finish_step(self, scored: list[ScoredTree], credit: Credit) -> None:
+        """Write the step's metrics and trees, and a checkpoint when one is due."""
+        assert self._log is not None and self._forest is not None, "the run was restored before it stepped"
+        step = self.state.step
+        if self.cfg.run.record_every_steps and step % self.cfg.run.record_every_steps == 0:
+            write_trees(self.folder.tree_file(step), scored, advantage_tables(self._forest, credit, len(scored)))
+        if self.cfg.run.checkpoint_every_steps and step % self.cfg.run.checkpoint_every_steps == 0:
+            self.checkpoint()
+        self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
+        self._metrics["time/step_seconds"] = time.monotonic() - self._step_started
+        self._emit()
+
+    def evaluate_if_due(self) -> None:
+        """Held-out success before the first step, each run.eval_every_steps, and after the last."""
+        every = self.cfg.run.eval_every_steps
+        step = self.state.step
+        due = step == 0 or not self.goes_on() or (every and step % every == 0)
+        if not due or self.state.evaluated_step == step:
+            return
+        self._metrics = {}
+        with self._stage("eval"):
+            found = evaluate(self.cfg, self._parts, self._source, self.cfg.run.eval_prompts)
+        self.state.success_after, self.state.success_standard_error = found.success_share, found.standard_error
+        self.state.evaluated_step = step
+        if step == 0:
+            self.state.success_before = found.success_share
+        self._metrics["eval/success_share"] = found.success_share
+        self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
+        self._emit()
+
+    def checkpoint(self) -> None:
+        """Write model, optimiser and counters; nothing is half-written whatever happens."""
+        self.state.seconds = time.monotonic() - self._started
+        stored = {"seed": self.cfg.seed, "run": asdict(self.state)}
+        with self._stage("checkpoint"):
+            checkpoint.save(
+                self.folder.checkpoints, self.state.step, self._write_learner, stored, self.cfg.run.keep_checkpoints
+            )
+        self._checkpointed_step = self.state.step
+
+    def finish(self) -> dict[str, Any]:
+        """The last checkpoint, summary.json, the curve and the report."""
+        if self._checkpointed_step != self.state.step or self.state.step == 0:
+            self.checkpoint()
+        summary = self._summary()
+        self.folder.write_summary(summary)
+        report = write_report(self.folder.path)
+        self._progress.note(f"report: {report}")
+        return summary
+
+    def rescue(self, error: BaseException) -> None:
+        """After an interrupt or an error: save what the last finished step left, if the learner still answers."""
+        if self.state.step == self._checkpointed_step or isinstance(error, CheckpointError):
+            return
+        with _uninterrupted():
+            try:
+                self.checkpoint()
+            except Exception as lost:
+                logger.error("the last finished step could not be saved: %s", lost)
+                return
+        self._progress.note(f"saved step {self.state.step}; continue with run.resume=true run.dir={self.folder.path}")
+
+    def _write_learner(self, folder: Path) -> None:
+        self._ask(
+            self._parts.learner.save.remote(str(folder)), "the learner to write its checkpoint", CHECKPOINT_LIMIT_S
+        )
+
+    def _ask(self, call: Any, what: str, limit_s: float | None = None) -> Any:
+        return wait_all([call], limit_s=limit_s or self.cfg.learner.update_timeout_s, what=what)[0]
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        with self._progress.stage(name):
+            yield
+        seconds = time.monotonic() - started
+        self._metrics[f"time/{name}_seconds"] = seconds
+        self.state.stage_seconds[name] = self.state.stage_seconds.get(name, 0.0) + seconds
+
+    def _emit(self) -> None:
+        assert self._log is not None, "the run was restored before it wrote metrics"
+        self._log.append(self.state.step, self._metrics)
+        self._tracker.log(self._metrics, self.state.step)
+        self._progress.update(self.state.step, self._metrics)
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "success_before": self.state.success_before,
+            "success_after": self.state.success_after,
+            "success_standard_error": self.state.success_standard_error,
+            "steps": self.state.step,
+            "generated_tokens": self.state.generated_tokens,
+            "trained_tokens": self.state.trained_tokens,
+            "seconds": self.state.seconds,
+            "stage_seconds": self.state.stage_seconds,
+            "worker_restarts": self._parts.pool.num_restarts,
+            "versions": installed_versions(),
+        }
+
+
+def tree_credits(scored: list[ScoredTree], forest: Forest, credit: Credit) -> list[TreeCredit]:
+    """Each tree with the loss weights of its rows, 0 for rows that are not trained."""
+    tables = [[[0.0] * len(each.tree.nodes) for each in scored] for _ in range(3)]
+    rows = list(zip(forest.prompt_N.tolist(), forest.row_N.tolist(), strict=True))
+    for table, weight_N in zip(tables, (credit.w_pos_N, credit.w_neg_N, credit.w0_N), strict=True):
+        for (prompt, row), weight in zip(rows, weight_N.tolist(), strict=True):
+            table[prompt][row] = weight
+    return [
+        TreeCredit(tree=each.tree, w_pos=w_pos, w_neg=w_neg, w0=w0)
+        for each, w_pos, w_neg, w0 in zip(scored, *tables, strict=True)
+    ]
+
+
+def advantage_tables(forest: Forest, credit: Credit, num_trees: int) -> list[Advantages]:
+    """For each tree: row -> each term's mean contribution over the trajectories through it, and their total."""
+    tables: list[Advantages] = [{} for _ in range(num_trees)]
+    total_N = credit.w0_N.clamp(min=1e-12)
+    means = {
+        name: part_P.new_zeros(len(total_N)).index_add(0, forest.pair_node_P, credit.weight_P * part_P) / total_N
+        for name, part_P in credit.parts.items()
+    }
+    means["total"] = credit.advantage_N
+    for name, value_N in means.items():
+        for prompt, row, value in zip(forest.prompt_N.tolist(), forest.row_N.tolist(), value_N.tolist(), strict=True):
+            tables[prompt].setdefault(row, {})[name] = value
+    return tables
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold an interrupt back until the block is through: half an update is no state to save."""
+    came: list[int] = []
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in _INTERRUPTS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """A scheduler's SIGTERM gets the checkpoint that Ctrl-C gets."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
