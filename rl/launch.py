@@ -48,10 +48,11 @@ def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
     if num_gpus >= rollout.num_workers * rollout.tensor_parallel_size + 1:
         return GpuShare(rollout.tensor_parallel_size, 1, rollout.gpu_memory_share)
     if rollout.tensor_parallel_size > 1:
+        needed = rollout.num_workers * rollout.tensor_parallel_size + 1
         raise ConfigError(
             f"rollout.num_workers={rollout.num_workers} engines of rollout.tensor_parallel_size="
-            f"{rollout.tensor_parallel_size} and a learner need {rollout.num_workers * rollout.tensor_parallel_size + 1} "
-            f"GPUs, and there are {num_gpus:g}: an engine that spans GPUs cannot share them. Lower either."
+            f"{rollout.tensor_parallel_size} and a learner need {needed} GPUs, and there are {num_gpus:g}: an engine that "
+            "spans GPUs cannot share them. Lower either."
         )
     parts = rollout.num_workers + 1
     parts_per_gpu = -(-parts // int(num_gpus))
@@ -65,7 +66,7 @@ class Scoring:
         self._cfg, self._actor = cfg, actor
 
     def submit(self, trees: Iterable[tuple[int, Tree]]) -> dict[int, Any]:
-        """Hand trees over as they arrive, so that scoring overlaps growing. Returns the calls by index of the prompt."""
+        """Hand trees over as they arrive, so that scoring overlaps growing; returns calls by index of the prompt."""
         return {index: self._actor.score.remote(tree) for index, tree in trees}
 
     def collect(self, calls: dict[int, Any]) -> list[ScoredTree]:
@@ -119,7 +120,7 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
 
 @contextlib.contextmanager
 def _ray(cfg: Config) -> Iterator[None]:
-    options: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=False)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": False}
     if cfg.cluster.address:
         ray.init(address=cfg.cluster.address, **options)
     else:

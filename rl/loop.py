@@ -11,7 +11,7 @@ from rl.run import opened_run
 def train(cfg: Config) -> dict[str, Any]:
     """Train a policy and leave a run folder behind.
 
-    Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, versions.
+    Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, ...
     Raises: GroveError for whatever the user or the world did; KeyboardInterrupt after a checkpoint.
     """
     with opened_run(cfg) as run:

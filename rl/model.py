@@ -30,6 +30,6 @@ def resolve_model(cfg: Config, report: Callable[[int, int, float], None]) -> str
     except Exception as error:
         raise ConfigError(
             f'model.path="{path}" is neither a folder on this machine nor a model that the hub gives out '
-            f"({type(error).__name__}: {error}). Check the name, log in with `hf auth login` for a gated model, or give "
-            "the path of a folder that holds config.json, the tokenizer and safetensors weights."
+            f"({type(error).__name__}: {error}). Check the name, log in with `hf auth login` for a gated model, or "
+            "give the path of a folder that holds config.json, the tokenizer and safetensors weights."
         ) from error

@@ -110,8 +110,8 @@ class Run:
             stored = checkpoint.load_state(found)
             if stored["seed"] != self.cfg.seed:
                 raise ConfigError(
-                    f"seed={self.cfg.seed} differs from the seed={stored['seed']} that {found.path} was trained with: the "
-                    f"resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
+                    f"seed={self.cfg.seed} differs from the seed={stored['seed']} that {found.path} was trained with: "
+                    f"the resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
                 )
             self.state = RunState(**stored["run"])
             self._checkpointed_step = self.state.step

@@ -18,7 +18,7 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, path: str, version: int) -> None:
-        """Load a safetensors file of the same architecture in place, drop every cache it makes stale, bump `version`."""
+        """Load a safetensors file of the same architecture in place and drop every cache it makes stale."""
         ...
 
     async def close(self) -> None:

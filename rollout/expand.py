@@ -1,8 +1,8 @@
 """Where a tree branches: pure policies over the tree so far.
 
-An expander is asked again each time a step has grown. It sees the tree, the rows nobody has continued yet, and how many
-steps are still growing; it answers which rows to continue now. When nothing is growing and it asks for nothing, the tree
-is finished.
+An expander is asked again each time a step has grown. It sees the tree, the rows nobody has continued yet, and how
+many steps are still growing; it answers which rows to continue now. When nothing is growing and it asks for nothing,
+the tree is finished.
 """
 
 from __future__ import annotations

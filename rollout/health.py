@@ -13,7 +13,7 @@ from rollout.types import StopReason
 def check_tool_crashes(trees: Iterable[Tree], cfg: TaskConfig) -> None:
     """Stop a run whose tools break: their trajectories train nothing, and soon nothing would be left.
 
-    Raises: ToolCrashed naming tool, arguments and error when more than task.max_tool_crashes_share of the calls crashed.
+    Raises: ToolCrashed naming tool, arguments and error when more than task.max_tool_crashes_share of the calls did.
     """
     called = [(tree, node) for tree in trees for node in tree.nodes if node.facts.tool]
     crashed = [(tree, node) for tree, node in called if node.stop is StopReason.tool_crashed]

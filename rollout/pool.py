@@ -133,9 +133,10 @@ class RolloutPool:
         log_path = self._log_path(worker.number)
         if self._restarts > self._cfg.rollout.max_worker_restarts:
             raise WorkerLost(
-                f"rollout worker {worker.number} was lost ({why}), the {self._restarts}th of this run: "
-                f"rollout.max_worker_restarts={self._cfg.rollout.max_worker_restarts} is used up. Its log is {log_path}; "
-                "out of memory is the usual cause: lower rollout.num_workers or rollout.kv_cache_mib."
+                f"rollout worker {worker.number} was lost ({why}), number {self._restarts} of this run: "
+                f"rollout.max_worker_restarts={self._cfg.rollout.max_worker_restarts} is used up. "
+                f"Its log is {log_path}; out of memory is the usual cause: lower rollout.num_workers or "
+                "rollout.kv_cache_mib."
             )
         logger.warning("rollout worker %d was lost (%s); starting another, log %s", worker.number, why, log_path)
         ray.kill(worker.actor)

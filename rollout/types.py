@@ -53,7 +53,7 @@ class StepFacts:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the call by parameter name."""
     tool_ok: bool | None = None
-    """True when the tool returned, False when it refused (ToolError, unknown tool, bad arguments), None without a call."""
+    """True: the tool returned; False: it refused (ToolError, unknown tool, bad arguments); None: no call."""
     result: str | None = None
     """What the tool returned or the refusal told to the model."""
     answer: str | None = None

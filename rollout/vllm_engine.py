@@ -101,20 +101,20 @@ class WorkerExtension:
 
 def engine_args(cfg: Config, model_path: str) -> AsyncEngineArgs:
     """AsyncLLM's arguments for this machine."""
-    common: dict[str, Any] = dict(
-        model=model_path,
-        dtype=cfg.model.dtype,
-        seed=cfg.seed,
-        max_model_len=cfg.rollout.max_context_tokens,
-        max_num_seqs=cfg.rollout.max_running_requests,
-        enable_prefix_caching=True,
+    common: dict[str, Any] = {
+        "model": model_path,
+        "dtype": cfg.model.dtype,
+        "seed": cfg.seed,
+        "max_model_len": cfg.rollout.max_context_tokens,
+        "max_num_seqs": cfg.rollout.max_running_requests,
+        "enable_prefix_caching": True,
         # What was really drawn from: the ratio of the learner needs temperature and top_p in it.
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        skip_tokenizer_init=True,
-        worker_extension_cls="rollout.vllm_engine.WorkerExtension",
-        weight_transfer_config=WeightTransferConfig(backend=FILE_TRANSFER),
-    )
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": "rollout.vllm_engine.WorkerExtension",
+        "weight_transfer_config": WeightTransferConfig(backend=FILE_TRANSFER),
+    }
     if torch.cuda.is_available():
         return AsyncEngineArgs(
             **common,
@@ -146,12 +146,10 @@ class VllmEngine:
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         """Continue `context_ids` by one step; see `rollout.engine.Engine`."""
         version = self.version
-        output: RequestOutput | None = None
-        async for output in self._llm.generate(
-            TokensPrompt(prompt_token_ids=context_ids), _params(sampling), f"step-{next(self._ids)}"
-        ):
-            pass
-        assert output is not None and output.prompt_token_ids is not None, "a finished request has an output"
+        request = TokensPrompt(prompt_token_ids=context_ids)
+        outputs = self._llm.generate(request, _params(sampling), f"step-{next(self._ids)}")
+        # FINAL_ONLY: exactly one output comes, when the request is finished.
+        (output,) = [output async for output in outputs]
         return _sampled(output, version)
 
     async def load_weights(self, path: str, version: int) -> None:

@@ -100,11 +100,11 @@ class RolloutWorker:
 def start_worker(cfg: Config, model_path: str, log_path: str, *, num_gpus: float) -> Any:
     """A new worker actor, still loading."""
     environment = gpu_worker_environment() if num_gpus else worker_environment()
-    options: dict[str, Any] = dict(
-        num_cpus=1,
-        num_gpus=num_gpus,
-        max_concurrency=1000,
-        max_restarts=0,
-        runtime_env={"env_vars": environment},
-    )
+    options: dict[str, Any] = {
+        "num_cpus": 1,
+        "num_gpus": num_gpus,
+        "max_concurrency": 1000,
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": environment},
+    }
     return ray.remote(RolloutWorker).options(**options).remote(cfg, model_path, log_path)

@@ -51,5 +51,10 @@ def start_learner(cfg: Config, model_path: str, log_path: str, *, num_gpus: floa
     It takes no core of its own: in a synchronous step it works while the engines rest.
     """
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    options: dict[str, Any] = dict(num_cpus=0, num_gpus=num_gpus, max_restarts=0, runtime_env={"env_vars": environment})
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": num_gpus,
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": environment},
+    }
     return ray.remote(LearnerActor).options(**options).remote(cfg, model_path, log_path)

@@ -80,11 +80,12 @@ class WeightPublisher:
             gaps.append([mean_gap(each.logprobs, logprobs) for each, logprobs in zip(sampled, scored, strict=True)])
         gap_nats = max((sum(engine) / len(engine) for engine in zip(*gaps, strict=True)), default=0.0)
         if not gap_nats <= self._cfg.learner.canary_max_logprob_gap:  # NaN is no agreement
+            limit = self._cfg.learner.canary_max_logprob_gap
             raise StaleWeights(
-                f"after weight update {version} an engine's log-probs differ from the learner's by {gap_nats:.4f} nats on "
-                f"average, above learner.canary_max_logprob_gap={self._cfg.learner.canary_max_logprob_gap}: it samples from "
-                "another policy than the one being trained. float32 agrees to 1e-5 and bfloat16 to about 0.03; a larger "
-                "gap means that the update did not reach every layer (a tied head, a cache) of this model."
+                f"after weight update {version} an engine's log-probs differ from the learner's by {gap_nats:.4f} nats "
+                f"on average, above learner.canary_max_logprob_gap={limit}: it samples from another policy than the one "
+                "being trained. float32 agrees to 1e-5 and bfloat16 to about 0.03; a larger gap means that the update "
+                "did not reach every layer (a tied head, a cache) of this model."
             )
         return gap_nats
 

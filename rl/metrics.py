@@ -1,0 +1,258 @@
+"""Every metric a run writes, declared once, and the log that keeps them: one JSON object per step in metrics.jsonl."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from conf.errors import DataError
+from rewards.types import Score, ScoredTree, ScoreStatus
+from rollout.tree import ROOT, Tree
+from rollout.types import StopReason
+
+STAGES = ("grow", "score", "credit", "update", "publish", "eval", "checkpoint", "step")
+"""Parts of a training step that are timed; `step` is the whole of it."""
+
+
+class Better(Enum):
+    """Which way a metric should move."""
+
+    higher = "higher"
+    lower = "lower"
+    neutral = "neutral"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One declared metric."""
+
+    name: str
+    """`stage/thing_unit`; a part in angle brackets, as in reward/<source>_mean, stands for any name."""
+    what: str
+    denominator: str
+    """What the number is divided by or counted over; a reader of a share must never have to guess."""
+    better: Better = Better.neutral
+
+    def matches(self, name: str) -> bool:
+        """True when `name` is this metric or one of its family."""
+        if "<" not in self.name:
+            return self.name == name
+        literals = re.split(r"<\w+>", self.name)
+        return re.fullmatch("[^/]+".join(map(re.escape, literals)), name) is not None
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("eval/success_share", "exact success on held-out prompts", "held-out trajectories", Better.higher),
+    Metric(
+        "rollout/success_share",
+        "exact success in training",
+        "trained trajectories with a reference answer",
+        Better.higher,
+    ),
+    Metric("rollout/generated_tokens", "tokens the policy sampled, pruned steps included", "this step"),
+    Metric("rollout/total_generated_tokens", "tokens the policy sampled in training", "the run so far"),
+    Metric("rollout/trajectories", "trajectories that may be scored and trained", "this step"),
+    Metric("rollout/steps_per_trajectory", "steps from the prompt to the end", "trained trajectories"),
+    Metric(
+        "rollout/cached_token_share",
+        "context tokens the engine found in its prefix cache",
+        "context tokens of all sampled steps",
+        Better.higher,
+    ),
+    Metric("rollout/tool_ok_share", "tool calls that returned", "tool calls", Better.higher),
+    Metric("rollout/stop_<reason>_share", "trajectories that ended for this reason", "kept trajectories"),
+    Metric("rollout/tokens_per_second", "sampling speed", "seconds of growing", Better.higher),
+    Metric("reward/<signal>_mean", "mean of a signal, after weights", "scored steps or trajectories", Better.higher),
+    Metric("reward/<source>_mean", "mean of a source, before weights", "scored steps or trajectories", Better.higher),
+    Metric("reward/<source>_failed_share", "scores that failed", "scores asked of the source", Better.lower),
+    Metric("reward/<source>_timed_out_share", "scores that came too late", "scores asked of the source", Better.lower),
+    Metric("reward/<source>_not_applicable_share", "scores with nothing to say", "scores asked of the source"),
+    Metric("credit/<term>_abs_mean", "mean size of a term's contribution to the advantage", "trained steps"),
+    Metric("credit/zero_advantage_share", "steps that teach nothing", "trained steps", Better.lower),
+    Metric("loss/total", "the loss that is minimised", "weighted trained tokens"),
+    Metric("loss/policy", "policy part of the loss", "weighted trained tokens"),
+    Metric("loss/kl", "KL part of the loss, before its weight", "weighted trained tokens"),
+    Metric("loss/entropy_nats", "entropy of the policy", "trained tokens"),
+    Metric("loss/clip_share", "tokens whose ratio was clipped", "trained tokens"),
+    Metric("loss/approx_kl_nats", "estimated KL from the sampling policy to the learner", "trained tokens"),
+    Metric("loss/ratio_max", "largest probability ratio of learner to sampler", "trained tokens"),
+    Metric("loss/logprob_gap_nats", "mean gap of learner and engine on sampled tokens", "trained tokens", Better.lower),
+    Metric("learner/grad_norm", "norm of the gradient before clipping", "optimiser updates of this step"),
+    Metric("learner/learning_rate", "learning rate of the last update", "none"),
+    Metric("learner/trained_tokens", "unique sampled tokens that were trained", "this step"),
+    Metric("learner/packed_tokens", "tokens computed in the tree layout", "this step", Better.lower),
+    Metric("learner/path_tokens", "tokens that separate trajectories would have computed", "this step"),
+    Metric("weights/sync_seconds", "time to bring new weights to the engines", "this step", Better.lower),
+    Metric("weights/canary_gap_nats", "largest mean gap of an engine and the learner", "canary tokens", Better.lower),
+    Metric("weights/version", "version of the weights the engines hold", "none"),
+    *(Metric(f"time/{stage}_seconds", f"time of the stage {stage}", "this step", Better.lower) for stage in STAGES),
+)
+
+
+def declared(name: str) -> Metric | None:
+    """The declaration of a metric, exact names before families; None when it was never declared."""
+    return next((metric for metric in METRICS if metric.matches(name)), None)
+
+
+def _refusal(name: str) -> str:
+    near = difflib.get_close_matches(name, [metric.name for metric in METRICS], n=1)
+    hint = f"; nearest: {near[0]}" if near else ""
+    return f"metric {name!r} is not declared in rl/metrics.py, so no reader would know its denominator{hint}"
+
+
+class MetricsLog:
+    """The append-only metrics.jsonl of a run: one object per step, flushed, with steps that only grow."""
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        """Open the log.
+
+        Args:
+            path: the file; made when absent.
+            resume_step: last step of the checkpoint that a resumed run starts from: later rows are cut, because those
+                steps will be trained again. None keeps every whole row.
+        """
+        self.path = path
+        rows = read_metrics(path) if path.exists() else []
+        self.rows = [row for row in rows if resume_step is None or row["step"] <= resume_step]
+        _rewrite(
+            path, self.rows
+        )  # also drops the half line that a killed run leaves, before anything is appended to it
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Write one step's metrics and return the row.
+
+        A number that is not finite is written as null: JSON has no NaN, and a gap in a curve is honest where 0 is not.
+        """
+        for name in metrics:
+            assert declared(name), _refusal(name)
+        assert not self.rows or step > self.rows[-1]["step"], f"step {step} is not after step {self.rows[-1]['step']}"
+        row = {"step": step, **{name: _json_number(value) for name, value in metrics.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        return row
+
+    def latest(self, name: str, default: float = 0.0) -> float:
+        """The newest value of a metric, e.g. the generated tokens a resumed run goes on counting from."""
+        values = (row[name] for row in reversed(self.rows) if row.get(name) is not None)
+        return next(values, default)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, oldest first; a last line that a killed run left half written is dropped.
+
+    Raises: DataError naming the line when an earlier line is damaged.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise DataError(
+                f"{path} line {number} is not JSON ({error}): the file was edited or the disk damaged it, and a curve "
+                f"drawn from the rest would have a hidden gap. Remove that line to go on without its step."
+            ) from error
+    return rows
+
+
+def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace the file in one move, so that a kill in between leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _json_number(value: float) -> float | int | None:
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None
+
+
+def exact_answer(tree: Tree, leaf: int) -> bool:
+    """True when the trajectory's answer is the reference answer, white space around them aside."""
+    answer = tree.nodes[leaf].facts.answer
+    return answer is not None and answer.strip() == tree.prompt.answer.strip()
+
+
+def rollout_metrics(
+    trees: list[Tree], seconds: float, is_success: Callable[[Tree, int], bool] = exact_answer
+) -> dict[str, float]:
+    """What growing one step's trees came to. A share with nothing to divide by is left out rather than called 0.
+
+    Args:
+        trees: the step's trees, before any selection.
+        seconds: wall time of growing them.
+        is_success: judges the trajectory that ends in a leaf (tree, leaf row), for tasks where equal text is too strict.
+    """
+    trained = [(tree, leaf) for tree in trees for leaf in tree.trained_leaves()]
+    judged = [is_success(tree, leaf) for tree, leaf in trained if tree.prompt.answer]
+    nodes = [node for tree in trees for node in tree.nodes]
+    tool_ok = [node.facts.tool_ok for node in nodes if node.facts.tool_ok is not None]
+    generated = sum(tree.num_generated_tokens() for tree in trees)
+    cached = sum(node.num_cached_tokens for node in nodes)
+    context = sum(_context_tokens(tree) for tree in trees)
+    shares = {
+        "rollout/success_share": (sum(judged), len(judged)),
+        "rollout/steps_per_trajectory": (sum(tree.depth(leaf) for tree, leaf in trained), len(trained)),
+        "rollout/cached_token_share": (cached, context),
+        "rollout/tool_ok_share": (sum(tool_ok), len(tool_ok)),
+        "rollout/tokens_per_second": (generated, seconds),
+        **_stop_shares(trees),
+    }
+    counts = {"rollout/generated_tokens": generated, "rollout/trajectories": len(trained)}
+    return counts | {name: part / whole for name, (part, whole) in shares.items() if whole}
+
+
+def _stop_shares(trees: list[Tree]) -> dict[str, tuple[float, float]]:
+    stops = Counter(tree.nodes[leaf].stop for tree in trees for leaf in tree.leaves() if tree.nodes[leaf].kept)
+    reasons = [reason for reason in StopReason if reason is not StopReason.continues]
+    return {f"rollout/stop_{reason}_share": (stops[reason], stops.total()) for reason in reasons}
+
+
+def _context_tokens(tree: Tree) -> int:
+    """Context tokens of all the tree's sampling requests together; parents come first, so one pass is enough."""
+    after = {ROOT: len(tree.prompt.token_ids)}
+    for row, node in enumerate(tree.nodes):
+        after[row] = after[node.parent] + len(node.action_ids) + len(node.observation_ids)
+    return sum(after[node.parent] for node in tree.nodes)
+
+
+def reward_metrics(scored: list[ScoredTree]) -> dict[str, float]:
+    """Mean of every signal and source, and how often each source had no number to give.
+
+    A source and a signal of the same name share reward/<name>_mean; the source's is written. A mean of nothing is left out.
+    """
+    signals = _pooled([by_name for tree in scored for by_name in (tree.step_signals, tree.leaf_signals)])
+    sources = _pooled([by_name for tree in scored for by_name in (tree.step_scores, tree.leaf_scores)])
+    metrics = {f"reward/{name}_mean": _scored_mean(scores) for name, scores in (signals | sources).items()}
+    unscored = (ScoreStatus.failed, ScoreStatus.timed_out, ScoreStatus.not_applicable)
+    for name, scores in sources.items():
+        count = Counter(score.status for score in scores)
+        metrics |= {f"reward/{name}_{status}_share": count[status] / len(scores) for status in unscored}
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _pooled(tables: Iterable[Mapping[str, Mapping[int, Score]]]) -> dict[str, list[Score]]:
+    """name -> every score of it, names without one score left out."""
+    pooled: dict[str, list[Score]] = {}
+    for table in tables:
+        for name, by_row in table.items():
+            pooled.setdefault(name, []).extend(by_row.values())
+    return {name: scores for name, scores in pooled.items() if scores}
+
+
+def _scored_mean(scores: list[Score]) -> float | None:
+    values = [score.value for score in scores if score.is_scored]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,136 @@
+"""Scored trees on disk, with the advantage of every step: enough to look at a run, and to score it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import DataError
+from rewards.types import Score, ScoredTree, ScoreStatus
+from rollout.tree import Node, Tree
+from rollout.types import Prompt, StepFacts, StepKind, StopReason
+
+TOTAL = "total"
+"""Key of the whole advantage beside the terms it is the sum of."""
+
+Advantages = dict[int, dict[str, float]]
+"""row -> {term: its contribution, "total": the advantage}; rows that were not trained are absent."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RecordedTree:
+    """A scored tree and what credit made of it."""
+
+    scored: ScoredTree
+    advantages: Advantages = field(default_factory=dict)
+
+    @property
+    def tree(self) -> Tree:
+        """The tree itself."""
+        return self.scored.tree
+
+    def total(self, row: int) -> float | None:
+        """The advantage of a step; None when it was not trained."""
+        return self.advantages.get(row, {}).get(TOTAL)
+
+
+def write_trees(path: Path, scored: list[ScoredTree], advantages: list[Advantages]) -> None:
+    """Write one step's trees as gzipped JSON lines, one tree a line; the same trees give the same bytes.
+
+    Args:
+        path: file to write, in one move.
+        scored: the trees, with every score and its status.
+        advantages: one table per tree.
+    Raises: DataError naming the prompt whose columns hold something that JSON cannot.
+    """
+    assert len(scored) == len(advantages), "one table of advantages per tree"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        # no name and no time in the header: a record is compared byte for byte when a run is repeated
+        with beside.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=5, fileobj=raw, mtime=0) as file:
+            for tree, table in zip(scored, advantages, strict=True):
+                file.write(_line(RecordedTree(scored=tree, advantages=table)))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_trees(path: Path) -> list[RecordedTree]:
+    """The trees of one file, equal to those written.
+
+    Raises: DataError naming file and line when it is cut short, damaged, or written by another version.
+    """
+    trees: list[RecordedTree] = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                trees.append(_recorded(json.loads(line)))
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} line {len(trees) + 1} is not a recorded tree ({type(error).__name__}: {error}): the file was cut "
+            f"short or written by another version of Grove. Read another step's file, or use the version that wrote it."
+        ) from error
+    return trees
+
+
+def _line(recorded: RecordedTree) -> bytes:
+    try:
+        # ASCII escapes keep even a lone surrogate in a model's output, which UTF-8 could not hold
+        return (json.dumps(_encoded(recorded), separators=(",", ":")) + "\n").encode("ascii")
+    except TypeError as error:
+        raise DataError(
+            f"prompt {recorded.tree.prompt.id} cannot be recorded ({error}): its columns must be JSON values, or the "
+            f"trees could not be read back as they were. Convert that column in the data file, or record nothing with "
+            f"run.record_every_steps=0."
+        ) from error
+
+
+def _encoded(value: Any) -> Any:
+    """Records become dicts of all their fields, so that a field added later is never forgotten here."""
+    if isinstance(value, Score):
+        return {"value": value.value if value.is_scored else None, "status": value.status, "reason": value.reason}
+    if dataclasses.is_dataclass(value):
+        return {part.name: _encoded(getattr(value, part.name)) for part in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(item) for item in value]
+    return value
+
+
+def _recorded(line: dict[str, Any]) -> RecordedTree:
+    scored = line["scored"]
+    tree = Tree(prompt=_prompt(scored["tree"]["prompt"]), nodes=[_node(node) for node in scored["tree"]["nodes"]])
+    tables = ("step_scores", "leaf_scores", "step_signals", "leaf_signals")
+    return RecordedTree(
+        scored=ScoredTree(**{**scored, "tree": tree, **{name: _score_table(scored[name]) for name in tables}}),
+        advantages={int(row): terms for row, terms in line["advantages"].items()},
+    )
+
+
+def _prompt(raw: dict[str, Any]) -> Prompt:
+    return Prompt(**{**raw, "token_ids": tuple(raw["token_ids"])})
+
+
+def _node(raw: dict[str, Any]) -> Node:
+    facts = StepFacts(**{**raw["facts"], "kind": StepKind(raw["facts"]["kind"])})
+    return Node(**{**raw, "facts": facts, "stop": StopReason(raw["stop"])})
+
+
+def _score_table(raw: dict[str, dict[str, Any]]) -> dict[str, dict[int, Score]]:
+    return {name: {int(row): _score(score) for row, score in by_row.items()} for name, by_row in raw.items()}
+
+
+def _score(raw: dict[str, Any]) -> Score:
+    # math.nan itself, as Score.failed uses it: Python then calls two unscored scores equal
+    value = math.nan if raw["value"] is None else raw["value"]
+    return Score(value, ScoreStatus(raw["status"]), raw["reason"])
