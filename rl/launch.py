@@ -13,7 +13,7 @@ import ray
 
 from conf.errors import ConfigError, WaitTimeout
 from conf.schema import Config
-from rewards.actor import start_reward_service
+from rewards.actor import RewardActor
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
 from rl.policy.actor import start_learner
@@ -51,8 +51,8 @@ def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
         needed = rollout.num_workers * rollout.tensor_parallel_size + 1
         raise ConfigError(
             f"rollout.num_workers={rollout.num_workers} engines of rollout.tensor_parallel_size="
-            f"{rollout.tensor_parallel_size} and a learner need {needed} GPUs, and there are {num_gpus:g}: an engine that "
-            "spans GPUs cannot share them. Lower either."
+            f"{rollout.tensor_parallel_size} and a learner need {needed} GPUs, and there are {num_gpus:g}: an engine "
+            "that spans GPUs cannot share them. Lower either."
         )
     parts = rollout.num_workers + 1
     parts_per_gpu = -(-parts // int(num_gpus))
@@ -101,7 +101,7 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         stack.enter_context(_ray(cfg))
         share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
         engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
-        reward_actor = start_reward_service(cfg.rewards, str(log_dir / "reward_service.log"))
+        reward_actor = RewardActor.options(num_cpus=0, max_concurrency=1000).remote(cfg.rewards)
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = None
         if with_learner:

@@ -83,9 +83,9 @@ class WeightPublisher:
             limit = self._cfg.learner.canary_max_logprob_gap
             raise StaleWeights(
                 f"after weight update {version} an engine's log-probs differ from the learner's by {gap_nats:.4f} nats "
-                f"on average, above learner.canary_max_logprob_gap={limit}: it samples from another policy than the one "
-                "being trained. float32 agrees to 1e-5 and bfloat16 to about 0.03; a larger gap means that the update "
-                "did not reach every layer (a tied head, a cache) of this model."
+                f"on average, above learner.canary_max_logprob_gap={limit}: it samples from another policy than "
+                "the one being trained. float32 agrees to 1e-5 and bfloat16 to about 0.03; a larger gap means that the "
+                "update did not reach every layer (a tied head, a cache) of this model."
             )
         return gap_nats
 

@@ -1,0 +1,1 @@
+"""Benchmarks: one command each, a table on the terminal, figures in benchmarks/out/."""

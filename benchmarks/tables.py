@@ -1,0 +1,34 @@
+"""What every benchmark shares: a row, a printed table, and benchmarks/out/NAME.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+OUT = Path(__file__).parent / "out"
+
+Row = dict[str, Any]
+"""`name`, and where they apply `ratio`, `ideal`, `efficiency`, plus the benchmark's own figures."""
+
+
+def report(name: str, title: str, rows: Sequence[Row]) -> None:
+    """Print the rows as a table and write them to benchmarks/out/NAME.json, with the machine they were measured on."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(_shown(row.get(column)) for column in columns))
+    Console(width=None).print(table)
+    OUT.mkdir(exist_ok=True)
+    machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
+    text = json.dumps({"title": title, "machine": machine, "rows": list(rows)}, indent=2)
+    (OUT / f"{name}.json").write_text(text + "\n")
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
