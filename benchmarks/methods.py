@@ -9,6 +9,7 @@ command continues where it was stopped. Minutes for each run on two cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -43,7 +44,7 @@ def curve(folder: Path) -> list[tuple[float, float]]:
 
 def tokens_to(points: list[tuple[float, float]], goal: float) -> float | None:
     """Tokens at which the curve first passes `goal`, by linear interpolation; None when it never does."""
-    for (tokens_a, success_a), (tokens_b, success_b) in zip(points, points[1:], strict=False):
+    for (tokens_a, success_a), (tokens_b, success_b) in itertools.pairwise(points):
         if success_b >= goal:
             share = (goal - success_a) / (success_b - success_a) if success_b > success_a else 1.0
             return tokens_a + max(0.0, share) * (tokens_b - tokens_a)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.rollout
 
-The pool grows trees with two workers: Ray calls, the environment and the tree are all in its time. The bare engine gets
-the very requests the pool made (same tokens, same seeds) as one batch, in a process of its own, with one and with two
-threads; the faster of the two is the yardstick. `ratio` is pool / bare in tokens per second, 1.0 the ideal of a pool that
-costs nothing; two engines on two cores can beat one.
+The pool grows trees with two workers: Ray calls, the environment and the tree are all in its time. The bare engine
+gets the requests the pool made (same contexts, same lengths, a seed each) as one batch, in a process of its own, with
+one and with two threads; the faster of the two is the yardstick. `ratio` is pool / bare in tokens per second, 1.0 the
+ideal of a pool that costs nothing; two engines on two cores can beat one.
 """
 
 from __future__ import annotations

@@ -264,6 +264,8 @@ class RolloutConfig:
     """Dead workers replaced in one run before it stops."""
     start_timeout_s: float = 600.0
     """Longest wait for the engines to load."""
+    engine_processes: bool = False
+    """On CPU too, give vLLM processes of its own (AsyncLLM), as it always has on a GPU."""
     max_running_requests: int = 256
     """Requests one engine runs at once."""
     kv_cache_mib: int = 256
@@ -303,6 +305,10 @@ class RewardsConfig:
     """Share of one source's scores in a step's batch that may fail or time out before the run stops."""
     num_processes: int = 1
     """Processes that run functions from a user's file."""
+    setup_timeout_s: float = 120.0
+    """Longest one source may take to import its file and make its class, in each process that runs it."""
+    pass_env: list[str] = field(default_factory=list)
+    """Environment variables that these processes see although their names look like secrets, e.g. OPENAI_API_KEY."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, checksummed, renamed into place, read back, then old ones go."""
+"""Checkpoints that are whole or absent: written beside, checksummed, renamed into place, read back."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], state: Mapping[st
         state: everything else, as JSON values.
         keep: newest checkpoints to keep, this one included.
     Returns: the new checkpoint, read back and verified.
-    Raises: CheckpointError when the disk refuses; earlier checkpoints are then untouched and no half of a new one stays.
+    Raises: CheckpointError when the disk refuses; earlier checkpoints are then untouched and nothing half-made stays.
     """
     assert keep >= 1, f"keep={keep} would remove the checkpoint just written"
     unfinished = root / f"{UNFINISHED}step_{step:06d}"

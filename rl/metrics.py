@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from conf.errors import DataError
+from rewards.sources.outcome import exact_match
 from rewards.types import Score, ScoredTree, ScoreStatus
 from rollout.tree import ROOT, Tree
 from rollout.types import StopReason
@@ -51,11 +51,11 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("eval/success_share", "exact success on held-out prompts", "held-out trajectories", Better.higher),
+    Metric("eval/success_share", "success on held-out prompts", "held-out trajectories", Better.higher),
     Metric(
         "rollout/success_share",
-        "exact success in training",
-        "trained trajectories with a reference answer",
+        "success in training",
+        "trained trajectories whose outcome is known",
         Better.higher,
     ),
     Metric("rollout/generated_tokens", "tokens the policy sampled, pruned steps included", "this step"),
@@ -110,7 +110,10 @@ def _refusal(name: str) -> str:
 
 
 class MetricsLog:
-    """The append-only metrics.jsonl of a run: one object per step, flushed, with steps that only grow."""
+    """The append-only metrics.jsonl of a run, on disk after every line, with steps that never go back.
+
+    A step may be written in several goes, its training first and its evaluation later: readers see one row per step.
+    """
 
     def __init__(self, path: Path, resume_step: int | None = None):
         """Open the log.
@@ -123,23 +126,22 @@ class MetricsLog:
         self.path = path
         rows = read_metrics(path) if path.exists() else []
         self.rows = [row for row in rows if resume_step is None or row["step"] <= resume_step]
-        _rewrite(
-            path, self.rows
-        )  # also drops the half line that a killed run leaves, before anything is appended to it
+        _rewrite(path, self.rows)  # a killed run may leave half a line, and nothing may be appended to that
 
     def append(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Write one step's metrics and return the row.
+        """Write metrics of a step and return the step's row so far.
 
         A number that is not finite is written as null: JSON has no NaN, and a gap in a curve is honest where 0 is not.
         """
         for name in metrics:
             assert declared(name), _refusal(name)
-        assert not self.rows or step > self.rows[-1]["step"], f"step {step} is not after step {self.rows[-1]['step']}"
+        last = self.rows[-1]["step"] if self.rows else step
+        assert step >= last, f"step {step} comes after step {last} was written"
         row = {"step": step, **{name: _json_number(value) for name, value in metrics.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
-        return row
+        self.rows = _merged([*self.rows[-1:], row], onto=self.rows[:-1])
+        return self.rows[-1]
 
     def latest(self, name: str, default: float = 0.0) -> float:
         """The newest value of a metric, e.g. the generated tokens a resumed run goes on counting from."""
@@ -148,7 +150,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, oldest first; a last line that a killed run left half written is dropped.
+    """Rows of a metrics.jsonl, one per step, oldest first; a last line that a killed run left half written is dropped.
 
     Raises: DataError naming the line when an earlier line is damaged.
     """
@@ -164,7 +166,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 f"{path} line {number} is not JSON ({error}): the file was edited or the disk damaged it, and a curve "
                 f"drawn from the rest would have a hidden gap. Remove that line to go on without its step."
             ) from error
-    return rows
+    return _merged(rows, onto=[])
+
+
+def _merged(rows: Iterable[dict[str, Any]], onto: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`onto` and `rows`, with neighbours of the same step made one; the later value of a metric counts."""
+    merged = list(onto)
+    for row in rows:
+        if merged and merged[-1]["step"] == row["step"]:
+            merged[-1] = merged[-1] | row
+        else:
+            merged.append(row)
+    return merged
 
 
 def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -172,7 +185,7 @@ def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def _json_number(value: float) -> float | int | None:
@@ -180,24 +193,17 @@ def _json_number(value: float) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def exact_answer(tree: Tree, leaf: int) -> bool:
-    """True when the trajectory's answer is the reference answer, white space around them aside."""
-    answer = tree.nodes[leaf].facts.answer
-    return answer is not None and answer.strip() == tree.prompt.answer.strip()
-
-
-def rollout_metrics(
-    trees: list[Tree], seconds: float, is_success: Callable[[Tree, int], bool] = exact_answer
-) -> dict[str, float]:
+def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
     """What growing one step's trees came to. A share with nothing to divide by is left out rather than called 0.
 
     Args:
         trees: the step's trees, before any selection.
         seconds: wall time of growing them.
-        is_success: judges the trajectory that ends in a leaf (tree, leaf row), for tasks where equal text is too strict.
     """
     trained = [(tree, leaf) for tree in trees for leaf in tree.trained_leaves()]
-    judged = [is_success(tree, leaf) for tree, leaf in trained if tree.prompt.answer]
+    judged = [
+        exact_match(tree.nodes[leaf].facts, tree.prompt.answer) for tree, leaf in trained if tree.prompt.answer.strip()
+    ]
     nodes = [node for tree in trees for node in tree.nodes]
     tool_ok = [node.facts.tool_ok for node in nodes if node.facts.tool_ok is not None]
     generated = sum(tree.num_generated_tokens() for tree in trees)
@@ -211,7 +217,7 @@ def rollout_metrics(
         "rollout/tokens_per_second": (generated, seconds),
         **_stop_shares(trees),
     }
-    counts = {"rollout/generated_tokens": generated, "rollout/trajectories": len(trained)}
+    counts: dict[str, float] = {"rollout/generated_tokens": generated, "rollout/trajectories": len(trained)}
     return counts | {name: part / whole for name, (part, whole) in shares.items() if whole}
 
 
@@ -232,7 +238,8 @@ def _context_tokens(tree: Tree) -> int:
 def reward_metrics(scored: list[ScoredTree]) -> dict[str, float]:
     """Mean of every signal and source, and how often each source had no number to give.
 
-    A source and a signal of the same name share reward/<name>_mean; the source's is written. A mean of nothing is left out.
+    A source and a signal of the same name share reward/<name>_mean: the source's is written. A mean of nothing is left
+    out.
     """
     signals = _pooled([by_name for tree in scored for by_name in (tree.step_signals, tree.leaf_signals)])
     sources = _pooled([by_name for tree in scored for by_name in (tree.step_scores, tree.leaf_scores)])

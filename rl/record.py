@@ -6,7 +6,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,7 +58,7 @@ def write_trees(path: Path, scored: list[ScoredTree], advantages: list[Advantage
         with beside.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=5, fileobj=raw, mtime=0) as file:
             for tree, table in zip(scored, advantages, strict=True):
                 file.write(_line(RecordedTree(scored=tree, advantages=table)))
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

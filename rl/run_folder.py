@@ -30,9 +30,7 @@ NOISY = ("ray", "vllm", "transformers", "trl", "datasets", "huggingface_hub", "t
 OURS = ("conf", "rollout", "rewards", "rl")
 """Grove's own loggers: their warnings are for the user and stay in the terminal too."""
 
-SECRET_KEY = re.compile(
-    r"(^|_)(api_?key|secret|password|credentials?|(auth|access|bearer|api|hf)_token)$", re.IGNORECASE
-)
+SECRET_KEY = re.compile(r"(^|_)(api_?key|secret|password|(auth|access|bearer|api|hf)_token)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$")
 HIDDEN = "<hidden>"
 
@@ -181,7 +179,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _write(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 class _Terminal(logging.Handler):
@@ -200,14 +198,12 @@ def route_logs(folder: Path) -> Callable[[], None]:
     Returns: a function that puts everything back as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / "driver.log", encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     loggers = [root, *map(logging.getLogger, (*NOISY, *OURS))]
     before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    file = _driver_log(folder / "driver.log")
     for logger in loggers:
-        logger.handlers = []
-        logger.propagate = True
+        logger.handlers, logger.propagate = [], True
     root.addHandler(file)
     root.setLevel(logging.INFO)
     terminal = _Terminal(level=logging.WARNING)
@@ -223,3 +219,13 @@ def route_logs(folder: Path) -> Callable[[], None]:
         file.close()
 
     return put_back
+
+
+def _driver_log(path: Path) -> logging.Handler:
+    """The handler that writes to `path`, the one already in place when logs go there now."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and handler.baseFilename == str(path.absolute()):
+            return handler
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from conf.schema import TrackerConfig, TrackerMode
 
@@ -64,11 +64,13 @@ class Tracker:
         run, self._run = self._run, None
         if not _within(FINISH_TIMEOUT_S, lambda: self._guard("finish", run.finish)):
             logger.warning(
-                "wandb had not finished after %.0f s; send the rest with: wandb sync %s", FINISH_TIMEOUT_S, run.dir
+                "wandb had not finished after %.0f s; send the rest with: wandb sync %s",
+                FINISH_TIMEOUT_S,
+                Path(run.dir).parent,
             )
         self._stop_service()
 
-    def _start(self, mode: str, options: dict[str, Any]) -> None:
+    def _start(self, mode: Literal["online", "offline"], options: dict[str, Any]) -> None:
         # Silent before the import, because wandb reads it there; a failure is told by our own log, once.
         os.environ["WANDB_SILENT"] = "true"
         import wandb
@@ -85,7 +87,8 @@ class Tracker:
             action()
         except Exception as error:
             # Any exception: wandb raises its own, the system's and its protocol's, and none of them is worth a run.
-            logger.warning("wandb could not %s (%s: %s); the run goes on", doing, type(error).__name__, error)
+            why = (str(error).splitlines() or [""])[0]
+            logger.warning("wandb could not %s (%s: %s); the run goes on", doing, type(error).__name__, why)
             return False
         return True
 

@@ -75,7 +75,8 @@ def _no_report(step: int, total: int, loss: float) -> None:
 def _check(cfg: Config) -> None:
     if cfg.task.generator != "hop_search":
         raise ConfigError(
-            f'model.path is empty but task.generator="{cfg.task.generator}" makes no demonstrations to warm-start a tiny '
+            f'model.path is empty but task.generator="{cfg.task.generator}" makes no demonstrations to warm-start a '
+            "tiny "
             "model on: give model.path a checkpoint folder or hub name, or use task=hop_search."
         )
     settings = cfg.model.warm_start

@@ -1,13 +1,18 @@
-"""The real engine: vLLM's AsyncLLM. The only file that imports vllm; import it in the process that serves.
+"""The real engine: vLLM. The only file that imports vllm; import it in the process that serves.
 
-On CPU vLLM needs the environment of `cpu_environment()` set before the import.
+On CPU vLLM needs the environment of `rollout.worker.worker_environment` set before the import.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -27,11 +32,15 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from conf.schema import Config
 from rollout.types import Sampled, Sampling
 
+Result = TypeVar("Result")
+
 FILE_TRANSFER = "grove_file"
+CLOSE_LIMIT_S = 10.0
 CPU_BLOCK_TOKENS = 32
 """Smallest prefix-cache block that vLLM's CPU attention takes; its default of 128 would miss most short prefixes."""
 
@@ -134,42 +143,172 @@ def engine_args(cfg: Config, model_path: str) -> AsyncEngineArgs:
 
 
 class VllmEngine:
-    """`rollout.engine.Engine` over AsyncLLM: token ids in, token ids out."""
+    """`rollout.engine.Engine` over vLLM: token ids in, token ids out.
+
+    On a GPU the engine is AsyncLLM, with processes of its own. On CPU it is the same engine stepped by a thread of this
+    process: on two cores two workers with one process each are faster than with two, and start sooner.
+    """
 
     def __init__(self, cfg: Config, model_path: str) -> None:
-        """Load the model; takes seconds. Needs a running event loop for the output handler."""
+        """Load the model; takes seconds. Needs a running event loop."""
         self.version = 0
         self._ids = itertools.count()
-        self._llm = AsyncLLM.from_engine_args(engine_args(cfg, model_path))
+        args = engine_args(cfg, model_path)
+        own_processes = torch.cuda.is_available() or cfg.rollout.engine_processes
+        self._served = _OwnProcesses(args) if own_processes else _ThisProcess(args)
         self._transfer_ready = False
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         """Continue `context_ids` by one step; see `rollout.engine.Engine`."""
         version = self.version
         request = TokensPrompt(prompt_token_ids=context_ids)
-        outputs = self._llm.generate(request, _params(sampling), f"step-{next(self._ids)}")
-        # FINAL_ONLY: exactly one output comes, when the request is finished.
-        (output,) = [output async for output in outputs]
+        output = await self._served.generate(request, _params(sampling), f"step-{next(self._ids)}")
         return _sampled(output, version)
 
     async def load_weights(self, path: str, version: int) -> None:
         """Swap the weights in place; running requests are preempted and go on under the new ones."""
         if not self._transfer_ready:
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            await self._served.init_transfer()
             self._transfer_ready = True
+        # vLLM keeps cached keys and values of the old weights unless told otherwise.
+        dropped = await self._served.swap_weights(path, str(version))
+        assert dropped, "the prefix cache must go with the weights that filled it"
+        self.version = version
+
+    async def close(self) -> None:
+        """Stop vLLM's threads and child processes and release its shared memory."""
+        await self._served.close()
+
+
+class _OwnProcesses:
+    """AsyncLLM: the scheduler and the model run in child processes."""
+
+    def __init__(self, args: AsyncEngineArgs) -> None:
+        self._llm = AsyncLLM.from_engine_args(args)
+
+    async def generate(self, prompt: TokensPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        # FINAL_ONLY: exactly one output comes, when the request is finished.
+        (output,) = [output async for output in self._llm.generate(prompt, params, request_id)]
+        return output
+
+    async def init_transfer(self) -> None:
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+
+    async def swap_weights(self, path: str, version: str) -> bool:
         await self._llm.pause_generation(mode="keep")
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
-        await self._llm.finish_weight_update(str(version))
-        # vLLM keeps cached keys and values of the old weights otherwise.
+        await self._llm.finish_weight_update(version)
         dropped = await self._llm.reset_prefix_cache(reset_running_requests=True)
-        assert dropped, "the prefix cache must go with the weights that filled it"
-        self.version = version
         await self._llm.resume_generation()
+        return dropped
 
     async def close(self) -> None:
-        """Stop vLLM's child processes and release its shared memory."""
         self._llm.shutdown()
+
+
+class _ThisProcess:
+    """LLMEngine, which is not thread-safe: one thread owns it and runs every call between two of its steps."""
+
+    def __init__(self, args: AsyncEngineArgs) -> None:
+        self._engine = LLMEngine.from_engine_args(args)
+        self._loop = asyncio.get_running_loop()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, asyncio.Future[RequestOutput]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
+        self._thread.start()
+
+    async def generate(self, prompt: TokensPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        answer: asyncio.Future[RequestOutput] = self._loop.create_future()
+
+        def add() -> None:
+            self._waiting[request_id] = answer
+            try:
+                self._engine.add_request(request_id, prompt, params)
+            except Exception as error:
+                self._resolve([(self._waiting.pop(request_id), error)])
+
+        self._calls.put(add)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._calls.put(lambda: self._abort(request_id))
+            raise
+
+    async def init_transfer(self) -> None:
+        await self._on_thread(lambda: self._rpc("init_weight_transfer_engine", init_info={}))
+
+    async def swap_weights(self, path: str, version: str) -> bool:
+        def swap() -> bool:
+            self._rpc("start_weight_update")
+            self._rpc("update_weights", update_info={"path": path})
+            self._rpc("finish_weight_update")
+            self._engine.set_weight_version(version)
+            return self._engine.reset_prefix_cache(reset_running_requests=True)
+
+        return await self._on_thread(swap)
+
+    async def close(self) -> None:
+        def stop() -> None:
+            self._closed = True
+
+        self._calls.put(stop)
+        await asyncio.to_thread(self._thread.join, CLOSE_LIMIT_S)
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._make_calls(block=not self._waiting)
+            if not self._waiting:
+                continue
+            try:
+                outputs = self._engine.step()
+            except Exception as error:  # the engine's state is unknown now: everything it holds is lost
+                self._resolve([(answer, error) for answer in self._waiting.values()])
+                self._waiting.clear()
+                continue
+            finished = [(self._waiting.pop(each.request_id, None), each) for each in outputs if each.finished]
+            self._resolve([(answer, output) for answer, output in finished if answer is not None])
+
+    def _make_calls(self, *, block: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._calls.get(block=block)()
+            while True:
+                self._calls.get_nowait()()
+
+    def _abort(self, request_id: str) -> None:
+        if self._waiting.pop(request_id, None) is not None:
+            self._engine.abort_request([request_id])
+
+    def _rpc(self, method: str, **kwargs: Any) -> None:
+        self._engine.collective_rpc(method, kwargs=kwargs)
+
+    async def _on_thread(self, call: Callable[[], Result]) -> Result:
+        answer: asyncio.Future[Result] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                self._resolve([(answer, call())])
+            except Exception as error:
+                self._resolve([(answer, error)])
+
+        self._calls.put(run)
+        return await answer
+
+    def _resolve(self, answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        """Hand results to the event loop in one wake-up for a whole step of the engine."""
+
+        def settle() -> None:
+            for answer, result in answers:
+                if answer.done():
+                    continue  # cancelled meanwhile
+                if isinstance(result, Exception):
+                    answer.set_exception(result)
+                else:
+                    answer.set_result(result)
+
+        if answers:
+            self._loop.call_soon_threadsafe(settle)
 
 
 def _params(sampling: Sampling) -> SamplingParams:

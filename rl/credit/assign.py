@@ -46,7 +46,8 @@ def assign(forest: Forest, cfg: CreditConfig, max_steps: int) -> Credit:
         forest: the trained paths of the batch.
         cfg: terms, and how often a shared step counts.
         max_steps: depth limit of the trees (rollout.max_steps), for signals with `bound`.
-    Raises: ConfigError when a term names no signal, one that no tree has, or one of the wrong level.
+    Raises: ConfigError when a term names no signal, one that no tree has, or one of the wrong level;
+        UnscoredNode when a scaled signal overflows.
     """
     _check_terms(forest, cfg)
     parts: dict[str, Tensor] = {}
@@ -89,7 +90,7 @@ def leaf_values(forest: Forest, term: TermConfig, max_steps: int) -> tuple[Tenso
         if name in forest.leaf_signals:
             value_L = value_L + _read(forest.leaf_signals[name], use, term.gamma, max_steps)
     valid_L = ~value_L.isnan()
-    return value_L.nan_to_num(), valid_L
+    return torch.where(valid_L, value_L, 0), valid_L
 
 
 def step_values(forest: Forest, term: TermConfig, max_steps: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def step_values(forest: Forest, term: TermConfig, max_steps: int) -> tuple[Tenso
     for name, use in term.signals.items():
         if name in forest.step_signals:
             signal_N = _read(forest.step_signals[name], use, term.gamma, max_steps)
-            value_N = value_N + signal_N.nan_to_num()
+            value_N = value_N + torch.where(signal_N.isnan(), 0, signal_N)
             spoken_N = spoken_N | ~signal_N.isnan()
             known_N = known_N & ~forest.step_failed[name]
     valid_N = spoken_N & known_N

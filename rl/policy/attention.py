@@ -1,130 +1,186 @@
 """Attention over a packed forest for unmodified Hugging Face models, registered as "grove_tree".
 
-The pack is cut into pieces. A piece is a subtree small enough to be computed as one masked square, or the unforked run at
-the top of a subtree that is not; its keys are its ancestors and itself. Pieces of like shape share one call. How the
-cut is made changes the cost and nothing else: what a query sees is always decided by `end_T`.
+The pack is cut into its segments (runs without a fork). A segment's keys are its ancestors and itself, so the last key
+belongs to its last query and plain causal order holds inside. Segments of like shape share one call: agents make
+hundreds of segments of a few tokens, and one call for each would cost more than the attention itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from conf.errors import ConfigError
 from rl.policy.mask import ancestor_ranges, segments
 
 ATTENTION_NAME = "grove_tree"
 """Value of attn_implementation that selects `tree_attention`."""
 
-SUBTREE_TOKENS = 384
 QUERY_MULTIPLE = 8
 KEY_MULTIPLE = 32
+LONG_TOKENS = 512
+"""Lengths below this are rounded up to a multiple, so that short segments fall into few shapes; longer ones keep their
+own shape, because a call is then worth its cost and padding, with the mask it needs, is not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Queries [start, stop) and the ranges of tokens before `start` that they all see."""
+class Segment:
+    """Queries [start, stop) and the ranges of tokens before `start` that all of them see."""
 
     start: int
     stop: int
-    ancestors: tuple[tuple[int, int], ...]
+    ancestors: list[tuple[int, int]]
+
+    def num_queries(self) -> int:
+        """Tokens of the segment."""
+        return self.stop - self.start
 
     def num_keys(self) -> int:
-        return self.stop - self.start + sum(stop - start for start, stop in self.ancestors)
+        """Tokens its last query sees."""
+        return sum(stop - start for start, stop in self.key_ranges())
 
-    def key_rows(self) -> list[int]:
-        rows: list[int] = []
-        for start, stop in self.ancestors:
-            rows += range(start, stop)
-        return rows + list(range(self.start, self.stop))
+    def key_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of its keys, in the order of its path."""
+        return [*self.ancestors, (self.start, self.stop)]
 
 
 @dataclass(slots=True)
 class Block:
-    """G pieces padded to one shape and computed in one call."""
+    """G segments of one shape, padded on the left, so that the last key belongs to the last query in all of them."""
 
-    num_pieces: int
+    num_segments: int
     num_queries: int
     num_keys: int
-    mask: Tensor
+    mask_G1QK: Tensor
+    """bool [G, 1, Q, K], or [1, 1, Q, K] where no segment is padded."""
 
 
 @dataclass(slots=True)
 class TreePlan:
-    query_rows_Q: Tensor
-    key_rows_K: Tensor
+    """What one pack's attention needs in every layer; made once per pack."""
+
+    query_index: Tensor
+    """int64, token of every query of every block, padding included."""
+    key_index: Tensor
+    """int64, token of every key of every block, padding included."""
+    output_index_T: Tensor
+    """int64 [T], where each token's result is among the queries."""
     blocks: list[Block]
-    place_T: Tensor
 
 
-def plan_pieces(end_T: Tensor, subtree_tokens: int) -> list[Piece]:
-    end = end_T.tolist()
-    pieces: list[Piece] = []
-    covered = 0
-    for (start, stop), ancestors in zip(segments(end_T), ancestor_ranges(end_T), strict=True):
-        if start < covered:
-            continue
-        covered = end[start] if end[start] - start <= subtree_tokens else stop
-        pieces.append(Piece(start, covered, tuple(ancestors)))
-    return pieces
+def register_tree_attention() -> None:
+    """Make attn_implementation="grove_tree" known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, tree_attention)
 
 
-def plan_attention(end_T, subtree_tokens=SUBTREE_TOKENS, qm=QUERY_MULTIPLE, km=KEY_MULTIPLE) -> TreePlan:
-    groups: dict[tuple[int, int], list[Piece]] = {}
-    for piece in plan_pieces(end_T, subtree_tokens):
-        q = piece.stop - piece.start
-        k = piece.num_keys()
-        groups.setdefault((-(-q // qm) * qm, -(-k // km) * km), []).append(piece)
-    query_rows, key_rows, place, blocks = [], [], torch.zeros(len(end_T), dtype=torch.long), []
-    for (nq, nk), pieces in groups.items():
-        q_list, k_list = [], []
-        for p in pieces:
-            q = list(range(p.start, p.stop))
-            base = len(query_rows) + len(q_list)
-            place[p.start:p.stop] = torch.arange(base, base + len(q))
-            q_list += q + [-1] * (nq - len(q))
-            k = p.key_rows()
-            k_list += k + [-1] * (nk - len(k))
-        qi = torch.tensor(q_list).view(len(pieces), nq, 1)
-        ki = torch.tensor(k_list).view(len(pieces), 1, nk)
-        mask = (ki >= 0) & (ki <= qi) & (qi < end_T[ki.clamp(min=0)])
-        mask |= (qi < 0) & (torch.arange(nk) == 0)
-        blocks.append(Block(len(pieces), nq, nk, mask[:, None]))
-        query_rows += q_list
-        key_rows += k_list
-    return TreePlan(torch.tensor(query_rows).clamp(min=0), torch.tensor(key_rows).clamp(min=0), blocks, place)
+def plan_attention(end_T: Tensor) -> TreePlan:
+    """Group a pack's segments into blocks.
 
-MODE = {"gqa": "expand"}
+    Args:
+        end_T: int64 [T], see `rl.policy.mask`; the plan's tensors are on its device.
+    """
+    runs = zip(segments(end_T), ancestor_ranges(end_T), strict=True)
+    shapes: dict[tuple[int, int], list[Segment]] = {}
+    for segment in (Segment(start, stop, ancestors) for (start, stop), ancestors in runs):
+        shape = _rounded(segment.num_queries(), QUERY_MULTIPLE), _rounded(segment.num_keys(), KEY_MULTIPLE)
+        shapes.setdefault(shape, []).append(segment)
+    query_index, key_index, output_index = [], [], [0] * len(end_T)
+    for (num_queries, num_keys), members in shapes.items():
+        for segment in members:
+            _pad_left(query_index, [(segment.start, segment.stop)], num_queries - segment.num_queries())
+            _pad_left(key_index, segment.key_ranges(), num_keys - segment.num_keys())
+            first = len(query_index) - segment.num_queries()
+            output_index[segment.start : segment.stop] = range(first, len(query_index))
 
-def tree_attention(module, query, key, value, attention_mask, *, tree_plan=None, scaling=None, dropout=0.0, **kw):
+    def on_device(index: list[int]) -> Tensor:
+        return torch.tensor(index, dtype=torch.int64, device=end_T.device)
+
+    return TreePlan(
+        query_index=on_device(query_index),
+        key_index=on_device(key_index),
+        output_index_T=on_device(output_index),
+        blocks=[_block(shape, members, end_T.device) for shape, members in shapes.items()],
+    )
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree_plan: TreePlan | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers' interface; without a plan, the ordinary causal attention of plain sequences.
+
+    Args:
+        query: float [1, heads, T, head_dim]; key and value with as many or fewer (grouped-query) heads.
+        tree_plan: keyword argument given to the model's forward, which hands it down to here.
+    Returns: (float [1, T, heads, head_dim], None).
+    Raises: ConfigError for a layer with a sliding window, whose mask depends on more than ancestry.
+    """
     if tree_plan is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
-    H, T, D = query.shape[1:]
-    q_QHD = query[0].transpose(0, 1).index_select(0, tree_plan.query_rows_Q)
-    kv_T = torch.cat([key[0], value[0]], dim=-1).transpose(0, 1)
-    kv = kv_T.index_select(0, tree_plan.key_rows_K)
-    qs = q_QHD.split([b.num_pieces * b.num_queries for b in tree_plan.blocks])
-    kvs = kv.split([b.num_pieces * b.num_keys for b in tree_plan.blocks])
-    outs = []
-    for b, q, kv in zip(tree_plan.blocks, qs, kvs):
-        q = q.view(b.num_pieces, b.num_queries, H, D).transpose(1, 2)
-        k, v = kv.view(b.num_pieces, b.num_keys, -1, 2 * D).transpose(1, 2).split(D, dim=-1)
-        if MODE["gqa"] == "expand":
-            g = H // k.shape[1]
-            k = k.repeat_interleave(g, 1); v = v.repeat_interleave(g, 1)
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=b.mask, scale=scaling)
-        elif MODE["gqa"] == "flag":
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=b.mask, scale=scaling, enable_gqa=True)
-        elif MODE["gqa"] == "fold":
-            g = H // k.shape[1]
-            q = q.unflatten(1, (-1, g)).flatten(2, 3)
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=b.mask.repeat(1, 1, g, 1), scale=scaling)
-            o = o.unflatten(2, (g, -1)).flatten(1, 2)
-        outs.append(o.transpose(1, 2).reshape(-1, H, D))
-    out = torch.cat(outs).index_select(0, tree_plan.place_T)
-    return out[None], None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if sliding_window is not None:
+        raise ConfigError(
+            f"the model has a layer with a sliding window of {sliding_window} tokens; packed trees know only full "
+            "attention and would train on a context the engine never sampled from. Use a model with full attention."
+        )
+    num_heads, head_dim = query.shape[1], query.shape[3]
+    query_QHD = query[0].transpose(0, 1).index_select(0, tree_plan.query_index)
+    # Keys and values are gathered as one tensor: the gather, and the scattered addition behind it, dominate the copies.
+    pair_KHD = torch.cat([key[0], value[0]], dim=-1).transpose(0, 1).index_select(0, tree_plan.key_index)
+    blocks = tree_plan.blocks
+    queries = query_QHD.split([block.num_segments * block.num_queries for block in blocks])
+    pairs = pair_KHD.split([block.num_segments * block.num_keys for block in blocks])
+    outputs = [_attend(*block, scaling) for block in zip(blocks, queries, pairs, strict=True)]
+    output_THD = torch.cat(outputs).index_select(0, tree_plan.output_index_T)
+    return output_THD.view(1, -1, num_heads, head_dim), None
+
+
+def _attend(block: Block, query: Tensor, pair: Tensor, scaling: float | None) -> Tensor:
+    """One call for all segments of a block; query [G*Q, H, D], pair [G*K, H of keys, 2D] -> [G*Q, H, D]."""
+    query_GHQD = query.unflatten(0, (block.num_segments, block.num_queries)).transpose(1, 2)
+    pair_GHKD = pair.unflatten(0, (block.num_segments, block.num_keys)).transpose(1, 2)
+    # Query head h belongs to key head h // repeats. Kernels that take a mask do not all take grouped heads.
+    pair_GHKD = pair_GHKD.repeat_interleave(query_GHQD.shape[1] // pair_GHKD.shape[1], dim=1)
+    key_GHKD, value_GHKD = pair_GHKD.chunk(2, dim=-1)
+    output_GHQD = scaled_dot_product_attention(
+        query_GHQD, key_GHKD, value_GHKD, attn_mask=block.mask_G1QK, scale=scaling
+    )
+    return output_GHQD.transpose(1, 2).flatten(0, 1)
+
+
+def _block(shape: tuple[int, int], members: list[Segment], device: torch.device) -> Block:
+    num_queries, num_keys = shape
+    query_pad_G = torch.tensor([num_queries - segment.num_queries() for segment in members], device=device)
+    key_pad_G = torch.tensor([num_keys - segment.num_keys() for segment in members], device=device)
+    query_Q1 = torch.arange(num_queries, device=device)[:, None]
+    key_K = torch.arange(num_keys, device=device)
+    mask_GQK = (key_K - num_keys <= query_Q1 - num_queries)[None]
+    if query_pad_G.any() or key_pad_G.any():
+        # Padded queries see everything: nobody reads them, but a row that saw nothing would be NaN in backward.
+        mask_GQK = mask_GQK & (key_K >= key_pad_G[:, None, None]) | (query_Q1 < query_pad_G[:, None, None])
+    return Block(len(members), num_queries, num_keys, mask_GQK[:, None])
+
+
+def _pad_left(index: list[int], ranges: Iterable[tuple[int, int]], num_padding: int) -> None:
+    """Append padding (token 0, masked or unread) and then the tokens of the ranges."""
+    index += [0] * num_padding
+    index += chain.from_iterable(range(start, stop) for start, stop in ranges)
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return length if length >= LONG_TOKENS else -(-length // multiple) * multiple

@@ -19,8 +19,8 @@ def edge_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each edge's target, and the entropy of the distribution it was drawn from.
 
-    A row that several edges share (the last token before a fork) goes through the vocabulary once. Backward computes each
-    chunk of logits again instead of keeping it.
+    A row that several edges share (the last token before a fork) goes through the vocabulary once. Backward computes
+    each chunk of logits again instead of keeping it.
 
     Args:
         hidden_TD: float [T, D], the model's last hidden states.

@@ -1,7 +1,7 @@
 """Trees laid out depth first, so that every token of a forest is computed once.
 
-A pack is one long row of tokens. `end_T` alone says who sees whom (`rl.policy.mask`), a token's position is its depth in
-its own path, and an edge is one trained prediction: the row it is read from and the token it predicts.
+A pack is one long row of tokens. `end_T` alone says who sees whom (`rl.policy.mask`), a token's position is its depth
+in its own path, and an edge is one trained prediction: the row it is read from and the token it predicts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAD_ID = 0
 
 @dataclass(kw_only=True, slots=True)
 class TreeCredit:
-    """A tree and how its steps train: sums over the trajectories through each step, zero where a step trains nothing."""
+    """A tree and how its steps train: sums over the trajectories through each step, 0 where a step trains nothing."""
 
     tree: Tree
     w_pos: list[float]
@@ -37,8 +37,8 @@ class TreeCredit:
             length = len(getattr(self, name))
             if length != num_nodes:
                 raise ShapeError(
-                    f"{name} has {length} weights but the tree of prompt {self.tree.prompt.id!r} has {num_nodes} steps: "
-                    "weights would land on other steps. Pass one weight per row of tree.nodes, 0 for untrained steps."
+                    f"{name} has {length} weights but the tree of prompt {self.tree.prompt.id!r} has {num_nodes} "
+                    "steps: weights would land on other steps. Pass one weight per row of tree.nodes, 0 for untrained steps."
                 )
 
     def is_trained(self, row: int) -> bool:
@@ -98,7 +98,7 @@ class PackedBatch:
 
 
 def pack(trees: Sequence[TreeCredit], pad_multiple: int = 1) -> PackedBatch:
-    """Lay trees out depth first: the prompt, then each step's action and observation, children right after their parent.
+    """Lay trees out depth first: the prompt, then each step's action and observation, and behind it its children.
 
     Steps with no weight on any path below them are left out, and so are observations that nothing trained follows.
 

@@ -22,16 +22,21 @@ from conf.errors import ConfigError, ToolError
 from conf.schema import HopSearchConfig
 from rollout.seeds import derive_seed
 
-FIRST_NAMES = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST_NAMES = _words(
     "Anna Tom Mia Leo Eva Max Zoe Ian Ada Sam Amy Ben Kim Jon Lia Tim Ivy Dan Fay Rob Una Hal Nia Gus Ola Ray Pia Ned "
     "Meg Abe Liv Ed"
-).split()
-LAST_NAMES = (
+)
+LAST_NAMES = _words(
     "Reed Hill Cole Park Moss Ford Lane Wood Bell Cruz Dean Frey Gold Hart Iqbal Jung King Lowe Mann Nash Orr Penn "
     "Quinn Rush Shaw Todd Unwin Vega Webb Xu Yates Zane"
-).split()
-RELATIONS = "boss teacher friend doctor landlord rival mentor sister lawyer neighbor partner cousin".split()
-TOOLS = ("office", "school", "family", "clinic", "court", "city")
+)
+RELATIONS = _words("boss teacher friend doctor landlord rival mentor sister lawyer neighbor partner cousin")
+TOOLS = _words("office school family clinic court city")
 PLAIN_WORDS = ("who", "is", "'s", "?", "error")
 """Words of questions and refusals beside the names, relations and tools."""
 HELD_OUT_SHARE = 4

@@ -1,0 +1,356 @@
+"""The rules that span a configuration. All run before any process starts, and all problems are shown together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from conf import check_credit, check_machine
+from conf.compose import numbered
+from conf.errors import ConfigError
+from conf.problem import Problem, value_of
+from conf.schema import Config, ExpanderKind
+
+logger = logging.getLogger(__name__)
+
+Rule = Callable[[Config], list[Problem]]
+
+AT_LEAST_ONE = (
+    "run.num_steps",
+    "run.eval_prompts",
+    "run.keep_checkpoints",
+    "rollout.num_workers",
+    "rollout.prompts_per_step",
+    "rollout.num_leaves",
+    "rollout.max_forks",
+    "rollout.num_trees",
+    "rollout.expand_nodes",
+    "rollout.max_steps",
+    "rollout.max_turn_tokens",
+    "rollout.max_context_tokens",
+    "rollout.max_running_requests",
+    "rollout.kv_cache_mib",
+    "rollout.tensor_parallel_size",
+    "rewards.num_processes",
+    "learner.mini_batches",
+    "learner.pack_tokens",
+    "learner.num_threads",
+    "cluster.object_store_mib",
+    "task.max_calls",
+    "task.hop_search.num_tools",
+    "task.hop_search.num_relations",
+    "task.hop_search.num_worlds",
+    "model.warm_start.batch_size",
+    "model.warm_start.num_demonstrations",
+    "model.warm_start.num_threads",
+    "model.tiny.hidden_size",
+    "model.tiny.num_layers",
+    "model.tiny.num_heads",
+    "model.tiny.num_kv_heads",
+    "model.tiny.head_dim",
+    "model.tiny.intermediate_size",
+    "model.tiny.max_position_embeddings",
+)
+ABOVE_ZERO = (
+    "rollout.temperature",
+    "rollout.tree_timeout_s",
+    "rollout.start_timeout_s",
+    "rollout.gpu_memory_share",
+    "rewards.setup_timeout_s",
+    "task.tool_timeout_s",
+    "learner.learning_rate",
+    "learner.max_grad_norm",
+    "learner.update_timeout_s",
+    "learner.canary_max_logprob_gap",
+    "model.warm_start.learning_rate",
+    "model.tiny.initializer_range",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "run.max_generated_tokens",
+    "run.eval_every_steps",
+    "run.eval_temperature",
+    "run.checkpoint_every_steps",
+    "run.record_every_steps",
+    "rollout.expand_rounds",
+    "rollout.keep_leaves",
+    "rollout.max_worker_restarts",
+    "task.train.max_rows",
+    "task.eval.max_rows",
+    "task.hop_search.spare_calls",
+    "loss.clip_low",
+    "loss.clip_high",
+    "loss.dual_clip",
+    "loss.kl_coef",
+    "loss.entropy_coef",
+    "learner.warmup_steps",
+    "learner.weight_decay",
+    "learner.canary_samples",
+    "cluster.num_cpus",
+    "model.warm_start.num_steps",
+)
+SHARES = (
+    "rewards.max_failed_share",
+    "task.max_tool_crashes_share",
+    "rollout.gpu_memory_share",
+    "model.warm_start.first_try_share",
+)
+MAX_TEMPERATURE = 5.0
+"""Beyond it a policy draws nearly at random, and a slip like 10 for 1.0 is more likely than a wish."""
+
+
+def problems(cfg: Config) -> list[Problem]:
+    """Everything that is wrong with a configuration, in the order of the rules."""
+    return [problem for rule in rules() for problem in rule(cfg)]
+
+
+def require_runnable(cfg: Config, warn: Callable[[str], None] = logger.warning) -> None:
+    """Tell every warning, and refuse a configuration that cannot run.
+
+    Args:
+        cfg: a composed configuration.
+        warn: told each warning; logs it unless said otherwise.
+    Raises: ConfigError that lists all fatal problems.
+    """
+    found = problems(cfg)
+    for problem in found:
+        if not problem.fatal:
+            warn(problem.text)
+    fatal = [problem.text for problem in found if problem.fatal]
+    if fatal:
+        raise ConfigError(numbered("setting", fatal))
+
+
+def rules() -> list[Rule]:
+    """Every rule; each looks at one matter and knows nothing of the others."""
+    own: list[Rule] = [
+        numbers_are_in_range,
+        source_timeouts,
+        names_a_run,
+        tree_has_leaves_to_keep,
+        forks_fit_the_leaves,
+        prompts_fill_mini_batches,
+        turn_fits_the_context,
+        samples_what_it_trains,
+        clips_are_sane,
+        betas_are_two,
+        hops_can_be_walked,
+        hop_tools_are_there,
+        tiny_heads_fit,
+        term_numbers,
+    ]
+    return [*own, *check_machine.rules(), *check_credit.rules()]
+
+
+def numbers_are_in_range(cfg: Config) -> list[Problem]:
+    """Counts, times and shares."""
+    found = []
+    for keys, is_right, wanted in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
+        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (SHARES, lambda value: value <= 1, "a share of at most 1"),
+        (SHARES, lambda value: value >= 0, "a share of at least 0"),
+    ):
+        for key in keys:
+            value = value_of(cfg, key)
+            # Written this way round, NaN is wrong everywhere.
+            if not is_right(value):
+                found.append(Problem(f"{key}={value} cannot be: it must be {wanted}."))
+    return list(dict.fromkeys(found))
+
+
+def source_timeouts(cfg: Config) -> list[Problem]:
+    """A source needs time to answer."""
+    return [
+        Problem(f"rewards.sources.{name}.timeout_s={source.timeout_s} leaves no time to score: it must be above 0.")
+        for name, source in cfg.rewards.sources.items()
+        if not source.timeout_s > 0
+    ]
+
+
+def names_a_run(cfg: Config) -> list[Problem]:
+    """The run folder must not be the working folder by accident."""
+    if cfg.run.name and cfg.run.dir:
+        return []
+    key, example = ("run.dir", "runs/mine") if cfg.run.name else ("run.name", "mine")
+    return [Problem(f"{key} is empty: a run writes a folder of its own. Use e.g. {key}={example}.")]
+
+
+def tree_has_leaves_to_keep(cfg: Config) -> list[Problem]:
+    """random_expand: a tree has its first chain's leaf and one more for each expansion."""
+    rollout = cfg.rollout
+    if rollout.expander is not ExpanderKind.random_expand:
+        return []
+    leaves = 1 + rollout.expand_rounds * rollout.expand_nodes
+    if rollout.keep_leaves <= leaves:
+        return []
+    return [
+        Problem(
+            f"rollout.keep_leaves={rollout.keep_leaves}, but a tree grows {leaves} trajectories only (1 + "
+            f"rollout.expand_rounds={rollout.expand_rounds} x rollout.expand_nodes={rollout.expand_nodes}). "
+            f"Use rollout.keep_leaves={leaves}, 0 to keep all, or more rounds or nodes."
+        )
+    ]
+
+
+def forks_fit_the_leaves(cfg: Config) -> list[Problem]:
+    """beam_forks: more slots than places are never filled; one slot never forks."""
+    rollout = cfg.rollout
+    if rollout.expander is not ExpanderKind.beam_forks or 1 < rollout.max_forks <= max(rollout.num_leaves, 2):
+        return []
+    if rollout.max_forks == 1:
+        text = "no step below the prompt ever forks: these are chains. Use rollout.max_forks=2, or rollout=chains."
+    else:
+        text = (
+            f"no step can have more continuations than the rollout.num_leaves={rollout.num_leaves} trajectories of the "
+            f"tree. Use rollout.max_forks={rollout.num_leaves} or fewer."
+        )
+    return [Problem(f"rollout.max_forks={rollout.max_forks}: {text}", fatal=False)]
+
+
+def prompts_fill_mini_batches(cfg: Config) -> list[Problem]:
+    """Prompts are cut whole."""
+    prompts, batches = cfg.rollout.prompts_per_step, cfg.learner.mini_batches
+    if prompts >= batches:
+        return []
+    return [
+        Problem(
+            f"learner.mini_batches={batches} is more than rollout.prompts_per_step={prompts}: prompts are never cut, "
+            f"so some mini-batches would be empty. Use learner.mini_batches={max(prompts, 1)} or fewer."
+        )
+    ]
+
+
+def turn_fits_the_context(cfg: Config) -> list[Problem]:
+    """A path holds the prompt and at least one turn."""
+    context, turn = cfg.rollout.max_context_tokens, cfg.rollout.max_turn_tokens
+    if context > turn:
+        return []
+    return [
+        Problem(
+            f"rollout.max_context_tokens={context} leaves no room for a prompt beside one turn of "
+            f"rollout.max_turn_tokens={turn}: every trajectory would end at once. Use rollout.max_context_tokens="
+            f"{turn * 4} or a shorter turn."
+        )
+    ]
+
+
+def samples_what_it_trains(cfg: Config) -> list[Problem]:
+    """The learner's log-probs are those of the whole vocabulary at the sampling temperature."""
+    found = []
+    if cfg.rollout.temperature > MAX_TEMPERATURE:
+        found.append(
+            Problem(
+                f"rollout.temperature={cfg.rollout.temperature} is above {MAX_TEMPERATURE}: the policy would draw "
+                f"nearly at random and learn from noise. Use rollout.temperature=1."
+            )
+        )
+    if cfg.rollout.top_p != 1:
+        found.append(
+            Problem(
+                f"rollout.top_p={cfg.rollout.top_p}: the engine would draw from a part of the vocabulary, and its "
+                f"log-probs would not match those the learner computes over all of it, so every ratio of the loss "
+                f"would be wrong. Use rollout.top_p=1."
+            )
+        )
+    return found
+
+
+def clips_are_sane(cfg: Config) -> list[Problem]:
+    """A ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    loss, found = cfg.loss, []
+    if loss.clip_low >= 1:
+        found.append(
+            Problem(
+                f"loss.clip_low={loss.clip_low} puts the lower bound of the ratio, 1 - clip_low, at 0 or below, where "
+                f"it never clips. Use a value below 1, e.g. loss.clip_low=0.2."
+            )
+        )
+    if 0 < loss.dual_clip <= 1 + loss.clip_high:
+        found.append(
+            Problem(
+                f"loss.dual_clip={loss.dual_clip} must lie above the usual clip 1 + loss.clip_high="
+                f"{1 + loss.clip_high:g}, else it cuts steps that did not move. Use loss.dual_clip=3, or 0 for none."
+            )
+        )
+    return found
+
+
+def betas_are_two(cfg: Config) -> list[Problem]:
+    """AdamW has two."""
+    betas = cfg.learner.betas
+    if len(betas) == 2 and all(0 <= beta < 1 for beta in betas):
+        return []
+    return [Problem(f"learner.betas={betas} must be two numbers in [0, 1), e.g. learner.betas=[0.9,0.95].")]
+
+
+def hops_can_be_walked(cfg: Config) -> list[Problem]:
+    """hop_search: a call for each hop, the spare calls, and the answer are steps."""
+    task, max_steps = cfg.task.hop_search, cfg.rollout.max_steps
+    if cfg.task.generator != "hop_search":
+        return []
+    if not task.hops or min(task.hops) < 1:
+        return [Problem(f"task.hop_search.hops={task.hops} must name chain lengths of 1 or more, e.g. [3].")]
+    longest = max(task.hops)
+    useful = longest + task.spare_calls + 1
+    if max_steps >= useful:
+        return []
+    fatal = max_steps <= longest
+    why = (
+        "such a question can never be answered"
+        if fatal
+        else f"some of the {task.spare_calls} spare calls cannot be used"
+    )
+    return [
+        Problem(
+            f"rollout.max_steps={max_steps}, but {longest} hops, {task.spare_calls} spare calls and the answer are "
+            f"{useful} steps: {why}. Use rollout.max_steps={useful + 1}.",
+            fatal=fatal,
+        )
+    ]
+
+
+def hop_tools_are_there(cfg: Config) -> list[Problem]:
+    """hop_search: each relation is served by one of num_tools tools, and the policy must have them all."""
+    tools, wanted = cfg.task.tools, cfg.task.hop_search.num_tools
+    if cfg.task.generator != "hop_search" or len(tools) == wanted:
+        return []
+    return [
+        Problem(
+            f"task.tools names {len(tools)} tools, but task.hop_search.num_tools={wanted} deal out the relations: "
+            f"{'some could never be asked for' if len(tools) < wanted else 'the others would serve none'}. "
+            f"Make the two agree."
+        )
+    ]
+
+
+def tiny_heads_fit(cfg: Config) -> list[Problem]:
+    """Grouped-query attention shares each key-value head among equally many heads."""
+    tiny = cfg.model.tiny
+    if cfg.model.path or tiny.num_kv_heads < 1 or tiny.num_heads % tiny.num_kv_heads == 0:
+        return []
+    return [
+        Problem(
+            f"model.tiny.num_heads={tiny.num_heads} is not a multiple of model.tiny.num_kv_heads={tiny.num_kv_heads}: "
+            f"each key-value head serves equally many heads. Use model.tiny.num_heads="
+            f"{tiny.num_kv_heads * max(1, tiny.num_heads // tiny.num_kv_heads)}."
+        )
+    ]
+
+
+def term_numbers(cfg: Config) -> list[Problem]:
+    """A deviation has ddof 0 or 1, nothing negative is added to it, and credit does not grow with distance."""
+    found = []
+    for name, term in cfg.credit.terms.items():
+        key = f"credit.terms.{name}"
+        if term.ddof not in (0, 1):
+            found.append(Problem(f"{key}.ddof={term.ddof} must be 1 (unbiased) or 0 (of the population)."))
+        if not 0 <= term.gamma <= 1:
+            found.append(Problem(f"{key}.gamma={term.gamma} must lie in [0, 1]: above 1 far rewards would count more."))
+        for part in ("eps", "min_std"):
+            if not getattr(term, part) >= 0:
+                found.append(
+                    Problem(f"{key}.{part}={getattr(term, part)} must be 0 or more: a deviation is not negative.")
+                )
+    return found

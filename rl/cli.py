@@ -1,0 +1,241 @@
+"""The command line. Torch, Ray and the engines are imported only once the configuration has proved sound."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from conf.errors import ConfigError, GroveError
+from rl import completion
+
+RED, YELLOW, PLAIN = "\033[31m", "\033[33m", "\033[0m"
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C ended, as shells have it."""
+
+ABOUT = """\
+Train language-model agents by reinforcement learning, with rewards for single steps, on trees of trajectories.
+
+A run is described by settings: `group=choice` takes a whole YAML file, `key=value` changes one setting.
+"""
+
+EXAMPLES = """\
+examples:
+  grove train experiment=hop_search                      the demo: a tiny model learns to search, on two cores
+  grove train experiment=hop_search seed=1 rollout=chains credit=grpo
+  grove train experiment=hop_search run.resume=true      continue where it stopped
+  grove train rewards.sources.mine.fn=my_rewards.py:polite credit=tree_step
+  grove eval runs/hop_search-seed0 --prompts 512         held-out success of a run's newest checkpoint
+  grove report runs/hop_search-seed0                     curve.png and report.html once more
+  grove config experiment=hop_search                     every setting of that run
+  grove config --keys rollout                            what can be set, with types, defaults and meaning
+  source <(grove completion bash)                        Tab completes commands, keys and choices
+"""
+
+TRAIN = """\
+Trains a policy. The configuration is checked first; all problems are shown together, before anything is started.
+Everything is written to run.dir: resolved settings, metrics, scored trees, checkpoints, curve and report.
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  grove train experiment=hop_search
+  grove train experiment=hop_search rollout=tree_grpo credit=tree_grpo seed=2 run.name=tree_grpo
+  grove train experiment=gsm8k task.train.path=train.jsonl task.eval.path=test.jsonl
+  grove train 'rewards.sources.brief={fn: my_rewards.py:brief, weight: 0.2}'
+  grove train ~rewards.sources.tool_success              leave one source out
+  grove train --config-dir my_conf experiment=mine       groups and experiments of your own
+"""
+
+CONFIG_EXAMPLES = """\
+examples:
+  grove config experiment=hop_search > hop_search.yaml
+  grove config experiment=hop_search rollout.num_workers=64 --check
+  grove config --keys                                    every setting
+  grove config --keys timeout num_leaves                 those that contain one of the words
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns: 0; 2 for a configuration that cannot run; 1 for what went wrong on the way; 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(words)
+    except GroveError as error:
+        _say(f"error: {error}", RED)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        _say("stopped. The same command with run.resume=true continues a training run.", YELLOW)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has seen enough; without this Python complains once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["__complete"]:
+        _print_lines(completion.candidates(words[1:]))
+        return 0
+    parser = _parser()
+    arguments, more = parser.parse_known_args(words)
+    wrong = [word for word in more if word.startswith("-") or "overrides" not in arguments]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if "overrides" in arguments:
+        arguments.overrides += more  # settings that follow an option
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    return arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    look: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="grove", description=ABOUT, epilog=EXAMPLES, **look)
+    parser.add_argument("--version", action="version", version=f"grove {metadata.version('grove-rl')}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    train = commands.add_parser("train", help="train a policy", description=TRAIN, epilog=TRAIN_EXAMPLES, **look)
+    _add_settings(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="measure held-out success of a run or a model", **look)
+    evaluate.add_argument("path", metavar="RUN_OR_MODEL", help="a run's folder, or a Hugging Face checkpoint's")
+    evaluate.add_argument("--prompts", type=_count, metavar="N", help="held-out prompts (default: run.eval_prompts)")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="write a run's curve and report once more", **look)
+    report.add_argument("path", metavar="RUN", help="the run's folder")
+    report.set_defaults(run=_report)
+
+    config = commands.add_parser("config", help="show settings", epilog=CONFIG_EXAMPLES, **look)
+    _add_settings(config)
+    config.add_argument("--keys", action="store_true", help="list what can be set; words narrow the list")
+    config.add_argument("--check", action="store_true", help="also run every check that `train` runs")
+    config.set_defaults(run=_config)
+
+    complete = commands.add_parser("completion", help="print a completion script for your shell", **look)
+    complete.add_argument("shell", choices=completion.SHELLS)
+    complete.set_defaults(run=_completion)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="setting", help="group=choice, key=value or ~key")
+    parser.add_argument("--config-dir", default="", metavar="DIR", help="folder of your own groups and experiments")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is no number of prompts; give 1 or more")
+    return number
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from conf.checks import require_runnable
+    from conf.compose import compose
+
+    cfg = compose(arguments.overrides, arguments.config_dir)
+    require_runnable(cfg, warn=_warn)
+    from rl.loop import train
+
+    _print_summary(train(cfg))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if not Path(arguments.path).is_dir():
+        raise ConfigError(
+            f"there is no folder \"{arguments.path}\" to evaluate: give a run's folder or a checkpoint's."
+        )
+    from rl.evaluate import evaluate_run
+
+    _print_summary(evaluate_run(arguments.path, arguments.overrides, arguments.prompts))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    folder = Path(arguments.path)
+    if not folder.is_dir():
+        raise ConfigError(f'there is no run folder "{folder}" to report on: runs lie under runs/, one folder each.')
+    from rl.view import write_report
+
+    print(write_report(folder))
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.keys:
+        lines = _key_lines(arguments.overrides, arguments.config_dir)
+        if not lines:
+            raise ConfigError(f"no setting contains {' or '.join(arguments.overrides)}. All: grove config --keys")
+        _print_lines(lines)
+        return 0
+    from conf.checks import require_runnable
+    from conf.compose import compose, to_yaml
+
+    cfg = compose(arguments.overrides, arguments.config_dir)
+    if arguments.check:
+        require_runnable(cfg, warn=_warn)
+    sys.stdout.write(to_yaml(cfg))
+    sys.stdout.flush()
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    print(completion.script(arguments.shell), end="")
+    return 0
+
+
+def _key_lines(words: list[str], config_dir: str) -> list[str]:
+    """Groups with their choices, then every setting whose name contains one of the words (all without words)."""
+    from conf.keys import all_keys, group_choices, type_name
+
+    lines = []
+    for group, choices in group_choices(config_dir).items():
+        if not words or group in words:
+            lines.append(f"{group}={'|'.join(choices)}")
+    for key in all_keys():
+        if words and not any(word in key.name for word in words):
+            continue
+        lines.append(f"{key.name}: {type_name(key.kind)} = {key.default}")
+        lines += [f"    {line}" for line in key.doc.splitlines()]
+    return lines
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    width = max(map(len, summary), default=0)
+    for name, value in summary.items():
+        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        print(line)
+    sys.stdout.flush()  # a closed pipe shows here, where it is caught
+
+
+def _warn(text: str) -> None:
+    _say(f"warning: {text}", YELLOW)
+
+
+def _say(text: str, color: str) -> None:
+    print(f"{color}{text}{PLAIN}" if _is_colored(sys.stderr) else text, file=sys.stderr)
+
+
+def _is_colored(stream: TextIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Shell completion: what may follow on a `grove` command line. Standard library only, so that Tab answers at once."""
+
+from __future__ import annotations
+
+import itertools
+
+from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
+
+COMMANDS = ("train", "eval", "report", "config", "completion")
+OPTIONS = {
+    "train": ["--config-dir", "--help"],
+    "eval": ["--prompts", "--help"],
+    "report": ["--help"],
+    "config": ["--config-dir", "--keys", "--check", "--help"],
+    "completion": ["--help"],
+}
+SHELLS = ("bash", "zsh")
+
+BASH = r"""# Completion of grove for bash. Use it with: source <(grove completion bash)
+_grove() {
+    local typed=${COMP_LINE:0:COMP_POINT} line
+    local -a words
+    read -ra words <<< "$typed"
+    [[ $typed == *[[:space:]] ]] && words+=("")
+    local word=${words[${#words[@]}-1]} cut=""
+    # bash breaks words at "=", so a reply must hold only what follows it.
+    [[ $word == *=* && $COMP_WORDBREAKS == *=* ]] && cut="${word%%=*}="
+    COMPREPLY=()
+    while IFS= read -r line; do
+        [[ -n $line ]] && COMPREPLY+=("${line#"$cut"}")
+    done < <("${words[0]}" __complete "${words[@]:1}" 2> /dev/null)
+    [[ ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace
+    return 0
+}
+complete -o default -F _grove grove
+"""
+
+ZSH = r"""#compdef grove
+# Completion of grove for zsh. Use it with: source <(grove completion zsh)
+_grove() {
+    local -a found unfinished
+    found=("${(@f)$(${words[1]} __complete "${(@)words[2,CURRENT]}" 2> /dev/null)}")
+    found=(${found:#})
+    (( ${#found} )) || { _files; return }
+    unfinished=(${(M)found:#*[=.]})
+    found=(${found:#*[=.]})
+    compadd -S '' -a unfinished
+    compadd -a found
+}
+compdef _grove grove
+"""
+
+
+def script(shell: str) -> str:
+    """The completion script of a shell."""
+    return {"bash": BASH, "zsh": ZSH}[shell]
+
+
+def candidates(words: list[str]) -> list[str]:
+    """What the last word may become.
+
+    Args:
+        words: the command line after "grove"; the last one is being typed and may be empty.
+    Returns: whole words; one that ends in "=" or "." is to be continued. Empty where a file may follow.
+    """
+    command, word = words[0] if words else "", words[-1] if words else ""
+    if len(words) <= 1:
+        return _beginning(word, COMMANDS)
+    if word.startswith("-"):
+        return _beginning(word, OPTIONS.get(command, []))
+    if command == "completion":
+        return _beginning(word, SHELLS)
+    if command not in ("train", "config", "eval") or words[-2].startswith("--config-dir"):
+        return []
+    if command == "eval" and len(words) == 2:
+        return []  # the folder to evaluate
+    groups = {} if command == "eval" else group_choices(_config_dir(words))
+    return _values(word, groups) if "=" in word else _names(word, groups)
+
+
+def _config_dir(words: list[str]) -> str:
+    for word, after in itertools.pairwise(words):
+        if word == "--config-dir":
+            return after
+        if word.startswith("--config-dir="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _values(word: str, groups: dict[str, list[str]]) -> list[str]:
+    key = word.partition("=")[0]
+    kind = kind_of(key)
+    choices = groups.get(key) or enum_choices(kind) or (["true", "false"] if kind is bool else [])
+    return _beginning(word, [f"{key}={choice}" for choice in choices])
+
+
+def _names(word: str, groups: dict[str, list[str]]) -> list[str]:
+    names = [f"{group}=" for group in groups]
+    for key in all_keys():
+        name = _with_typed_entry(key.name, word)
+        names.append(f"{name.partition(ENTRY)[0]}" if ENTRY in name else f"{name}=")
+    return _beginning(word, list(dict.fromkeys(names)))
+
+
+def _with_typed_entry(name: str, word: str) -> str:
+    """A key with the name that was already typed in the place of `<name>`."""
+    before, found, _ = name.partition(ENTRY)
+    entry, dot, _ = word.removeprefix(before).partition(".")
+    return name.replace(ENTRY, entry, 1) if found and dot and word.startswith(before) else name
+
+
+def _beginning(word: str, words: list[str] | tuple[str, ...]) -> list[str]:
+    return [each for each in words if each.startswith(word)]

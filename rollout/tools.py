@@ -1,0 +1,317 @@
+"""Tools: plain typed Python functions that the policy may call.
+
+    def office(relation: str, person: str, *, world: str) -> str:
+        '''Ask the office who stands in a relation to a person.
+
+        Args:
+            relation: One relation, such as boss or friend.
+            person: First and last name of the person asked about.
+        '''
+
+The policy is told of `relation` and `person`. Keyword-only parameters are hidden from it: each is filled from the
+column of that name in the prompt's row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any, get_type_hints
+
+from conf.errors import ConfigError, ToolError
+from conf.plugin import load_object
+
+EXAMPLE = (
+    "def search(query: str) -> str:\n"
+    '    """Find pages about something.\n\n    Args:\n        query: What to look for.\n    """'
+)
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+class ToolOutcome(Enum):
+    """How a call ended."""
+
+    returned = "returned"
+    refused = "refused"
+    """The arguments or the tool said no; the policy is told and goes on."""
+    crashed = "crashed"
+    """The tool raised what it did not mean to, or took too long: the world's fault, not the policy's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolReply:
+    """What a call came to."""
+
+    outcome: ToolOutcome
+    text: str
+    """The result, the refusal, or why it crashed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function with the JSON schema that chat templates show to the policy."""
+
+    name: str
+    schema: dict[str, Any]
+    """{"type": "function", "function": {"name", "description", "parameters"}}."""
+    function: Callable[..., Any]
+    columns: tuple[str, ...]
+    """Keyword-only parameters, filled from the row."""
+    optional_columns: frozenset[str]
+    """Those of `columns` that have a default and may be missing from a row."""
+
+    @property
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """JSON schema of each parameter the policy fills, in order."""
+        return self.schema["function"]["parameters"]["properties"]
+
+    @property
+    def required(self) -> list[str]:
+        """Parameters without a default."""
+        return self.schema["function"]["parameters"].get("required", [])
+
+    def arguments_from_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """Arguments by position, one word each; the last parameter takes all that is left.
+
+        Words beyond a tool without parameters come back under the name "" and are refused like any unknown argument.
+        """
+        names = list(self.parameters)
+        if not names:
+            return {"": " ".join(words)} if words else {}
+        head, rest = list(words[: len(names) - 1]), words[len(names) - 1 :]
+        values = head + ([" ".join(rest)] if rest else [])
+        return {name: _from_word(value, self.parameters[name]) for name, value in zip(names, values, strict=False)}
+
+    def problem(self, arguments: Mapping[str, Any]) -> str:
+        """Why these arguments cannot be used, for the policy; "" when they can."""
+        unknown = [name for name in arguments if name not in self.parameters]
+        if unknown:
+            known = ", ".join(self.parameters) or "no arguments"
+            return f'{self.name} has no argument "{unknown[0]}", it takes {known}'
+        missing = [name for name in self.required if name not in arguments]
+        if missing:
+            return f'{self.name} needs the argument "{missing[0]}"'
+        for name, value in arguments.items():
+            if not _fits(value, self.parameters[name]):
+                wanted = _type_name(self.parameters[name])
+                return f'{self.name}: "{name}" must be {wanted}, not {json.dumps(value, default=str)}'
+        return ""
+
+    async def call(self, arguments: Mapping[str, Any], data: Mapping[str, Any], timeout_s: float) -> ToolReply:
+        """Check the arguments, run the function, and tell a refusal from a crash.
+
+        A plain function runs in a thread of its own, so that one slow call neither holds up the other trees nor the
+        time limit. A thread cannot be killed: a call that hangs is given up after `timeout_s`, and its thread lives on,
+        without any effect on the tree, until it returns or the process ends. A function that never releases the
+        interpreter lock holds up everything. An `async` function runs on the event loop and is cancelled.
+
+        Args:
+            arguments: by parameter name, as the policy wrote them.
+            data: columns of the prompt's row.
+            timeout_s: longest wait, in seconds.
+        Raises: ConfigError when the row lacks a column that the tool needs.
+        """
+        hidden = self.hidden_arguments(data)
+        problem = self.problem(arguments)
+        if problem:
+            return ToolReply(ToolOutcome.refused, problem)
+        run = _run_async if inspect.iscoroutinefunction(self.function) else _run_in_thread
+        try:
+            result = await run(self.function, {**arguments, **hidden}, timeout_s)
+            return ToolReply(ToolOutcome.returned, _as_text(result))
+        except ToolError as error:
+            return ToolReply(ToolOutcome.refused, str(error))
+        except _TimeUpError:
+            return ToolReply(ToolOutcome.crashed, f"{self.name} did not return within {timeout_s:g} s")
+        except Exception as error:
+            return ToolReply(ToolOutcome.crashed, f"{self.name} raised {type(error).__name__}: {error}")
+
+    def hidden_arguments(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword-only arguments, from the row's columns.
+
+        Raises: ConfigError naming the first column that the row lacks.
+        """
+        for name in self.columns:
+            if name not in data and name not in self.optional_columns:
+                near = get_close_matches(name, list(data), n=1)
+                hint = f' Did you mean "{near[0]}"?' if near else ""
+                raise ConfigError(
+                    f'The tool {self.name} has the keyword-only parameter "{name}", which is filled from the column of '
+                    "that "
+                    f"name, but the row has only {', '.join(data) or 'no columns'}.{hint} Add the column to the data, "
+                    "give "
+                    "the parameter a default, or move it before the * so that the policy fills it."
+                )
+        return {name: data[name] for name in self.columns if name in data}
+
+
+class _TimeUpError(Exception):
+    """Our own limit passed, as opposed to a TimeoutError that the tool raised."""
+
+
+async def _run_async(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float) -> Any:
+    task = asyncio.ensure_future(function(**arguments))
+    try:
+        done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    finally:
+        task.cancel()  # does nothing to a finished task; a tool that swallows it is left behind, not waited for
+    if not done:
+        raise _TimeUpError
+    return task.result()
+
+
+async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float) -> Any:
+    # One daemon thread per call, about 0.1 ms: a shared pool would fill up with hung calls, and the interpreter would
+    # wait for them before it could exit.
+    loop = asyncio.get_running_loop()
+    finished: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def settle(outcome: tuple[Any, BaseException | None]) -> None:
+        if not finished.done():
+            finished.set_result(outcome)
+
+    def work() -> None:
+        try:
+            outcome = (function(**arguments), None)
+        except BaseException as error:  # sys.exit() in a tool is a crash of that tool, not the end of the worker
+            outcome = (None, error)
+        with suppress(RuntimeError):  # the loop was closed while the call hung: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=work, name=f"tool {function.__name__}", daemon=True).start()
+    done, _ = await asyncio.wait({finished}, timeout=timeout_s)
+    if not done:
+        raise _TimeUpError
+    result, error = finished.result()
+    if isinstance(error, Exception):
+        raise error
+    if error is not None:
+        raise RuntimeError(f"{type(error).__name__}: {error}")
+    return result
+
+
+def _as_text(result: Any) -> str:
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+
+
+def _from_word(word: str, schema: Mapping[str, Any]) -> Any:
+    if _fits(word, schema):
+        return word
+    with suppress(ValueError):
+        return json.loads(word)
+    return word
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    if value is None and schema.get("nullable"):
+        return True
+    if "anyOf" in schema:
+        return any(_fits(value, option) for option in schema["anyOf"])
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    kinds = schema.get("type")
+    if kinds is None:
+        return True
+    if not any(_is_kind(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        return False
+    items = schema.get("items")
+    return not (items and isinstance(value, list)) or all(_fits(item, items) for item in value)
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):  # a bool is an int to Python, not to JSON
+        return kind == "boolean"
+    return isinstance(value, JSON_TYPES.get(kind, (object,)))
+
+
+def _type_name(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type_name(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(json.dumps(choice) for choice in schema["enum"])
+    kinds = schema["type"]
+    return kinds if isinstance(kinds, str) else " or ".join(kinds)
+
+
+def make_tool(function: Callable[..., Any]) -> Tool:
+    """Read name, description and parameters from the function's signature and docstring.
+
+    Raises: ConfigError saying what the signature or the docstring lacks.
+    """
+    if not inspect.isfunction(function):
+        raise ConfigError(
+            f"task.tools: {function!r} is not a function, so it has no parameters to tell the policy about. Name a "
+            "function "
+            f"like:\n{EXAMPLE}"
+        )
+    told: list[inspect.Parameter] = []
+    hidden: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ConfigError(
+                f"task.tools: {function.__name__} takes {parameter}, which the policy cannot fill by name. Give each "
+                "parameter its own name and type."
+            )
+        (hidden if parameter.kind is parameter.KEYWORD_ONLY else told).append(parameter)
+    return Tool(
+        name=function.__name__,
+        schema=_schema(function, told),
+        function=function,
+        columns=tuple(parameter.name for parameter in hidden),
+        optional_columns=frozenset(each.name for each in hidden if each.default is not each.empty),
+    )
+
+
+def _schema(function: Callable[..., Any], told: list[inspect.Parameter]) -> dict[str, Any]:
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    def stub() -> None: ...
+
+    # transformers describes every parameter it sees: it is shown a signature without the hidden ones.
+    stub.__name__, stub.__doc__ = function.__name__, function.__doc__
+    stub.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
+    try:
+        hints = get_type_hints(function)
+        stub.__annotations__ = {each.name: hints[each.name] for each in told if each.name in hints}
+        return get_json_schema(stub)
+    except Exception as error:  # it raises classes of its own that it does not export, and NameError for a lost type
+        raise ConfigError(
+            f"task.tools: {function.__name__} cannot be described to the policy ({error}). Give every parameter a type "
+            "and "
+            f"a line under Args in the docstring, like:\n{EXAMPLE}"
+        ) from error
+
+
+def load_tools(specs: Sequence[str]) -> dict[str, Tool]:
+    """The tools that `task.tools` names, by name.
+
+    Args:
+        specs: "file.py:function" or "package.module:function".
+    Raises: ConfigError for a spec that names nothing, a function that cannot be described, or a name used twice.
+    """
+    tools: dict[str, Tool] = {}
+    for number, spec in enumerate(specs):
+        tool = make_tool(load_object(spec, key=f"task.tools[{number}]"))
+        if tool.name in tools:
+            raise ConfigError(
+                f'task.tools[{number}]="{spec}": there is already a tool called {tool.name}, and the policy calls '
+                "tools by "
+                "name. Rename one of the two functions."
+            )
+        tools[tool.name] = tool
+    return tools

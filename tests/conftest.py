@@ -1,0 +1,63 @@
+"""What every test starts from: the packages importable, no network, one torch thread, no GPU tests without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The repository comes first: tests/rewards and its like are folders without __init__.py and would hide the packages.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# Before anything imports the libraries that read them; Ray's workers and spawned processes inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    RAY_USAGE_STATS_ENABLED="0",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_torch_thread() -> None:
+    """Tiny tensors gain nothing from threads, and two spinning teams on two cores cost a factor of twenty."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of public data files beside the checkout, or a skip: a user's checkout has none."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared/data folder beside the checkout")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run: `gpu` without a CUDA device, `vllm` where vLLM is not installed."""
+    marked_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if marked_gpu and not _has_cuda():
+        for item in marked_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="needs vLLM: make install"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
