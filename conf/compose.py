@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from conf.errors import ConfigError
 from conf.keys import (
@@ -40,6 +41,10 @@ from conf.schema import Config, SourceConfig
 PRIMARY = "config"
 """Name of the file with the defaults list."""
 
+UNREADABLE = (YAMLError, UnicodeDecodeError, OmegaConfBaseException)
+"""What loading a file raises that is not YAML, or not YAML of plain values."""
+
+INTERPOLATION = re.compile(r"(\\*)\$\{")
 RESOLVER = re.compile(r"(?<!\\)\$\{[^}]*:")
 
 
@@ -101,16 +106,18 @@ def compose(overrides: list[str], config_dir: str = "") -> Config:
 def from_yaml(path: str | Path, overrides: list[str] | None = None) -> Config:
     """A configuration that `to_yaml` or a run folder wrote, with overrides of single values on top.
 
+    Its interpolations were resolved when it was made: a "${" that is left is text.
+
     Raises: ConfigError when the file cannot be read, or anything in it or in the overrides cannot be used.
     """
     complaints = _Complaints()
     choices, values = _sort_overrides(_parse(overrides or [], complaints), "", complaints)
     for choice in choices:
         complaints.add(
-            f'"{choice}" chooses a file for a whole group, but the configuration in {path} is already made: only single '
-            f"values can be changed, as {choice.partition('=')[0]}.name=..."
+            f'"{choice}" chooses a file for a whole group, but the configuration in {path} is already made: only '
+            f"single values can be changed, as {choice.partition('=')[0]}.name=..."
         )
-    return _build([Layer(str(path), _read_yaml(Path(path))), *values], complaints)
+    return _build([Layer(str(path), _escaped(_read_yaml(Path(path)))), *values], complaints)
 
 
 def to_yaml(cfg: Config) -> str:
@@ -211,7 +218,7 @@ def _file_layers(choices: list[str], config_dir: str) -> list[Layer]:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             found = loader.compute_defaults_list(PRIMARY, arguments + choices, RunMode.RUN).defaults
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, *UNREADABLE) as error:
         reason = str(error).partition("Config search path")[0].strip()
         raise ConfigError(f"the defaults lists of the configuration files do not work out: {reason}") from error
     return [
@@ -234,11 +241,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # whatever the YAML parser raises for a file it cannot parse
+    except UNREADABLE as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings by name, but it holds a {type(values).__name__}.")
     return cast(dict[str, Any], values)
+
+
+def _escaped(value: Any) -> Any:
+    """Plain values that OmegaConf will take as they stand."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 # Checking and merging
@@ -352,6 +368,10 @@ class _Reader:
         self.complaints.add(f"{key}={shown} ({self.origin}): expected {expected(kind)}.{hint}")
 
     def _unknown(self, key: str, value: Any) -> None:
+        # Of a mistyped section, the setting that was meant says more than the section alone.
+        while isinstance(value, dict) and len(value) == 1:
+            [(name, value)] = value.items()
+            key = _join(key, name)
         near = nearest_keys(key)
         if "." not in key and not near:
             hint = did_you_mean(key, group_choices()).strip()

@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.errors import CheckpointError, ConfigError
 from conf.schema import Config
+from rewards.base import build_sources
 from rewards.types import ScoredTree
 from rl import checkpoint
 from rl.credit.assign import Credit, assign
@@ -61,6 +62,7 @@ def opened_run(cfg: Config) -> Iterator[Run]:
 
     An interrupt or a lost part leaves a checkpoint of the last finished step behind.
     """
+    build_sources(cfg.rewards)  # a reward that cannot load is told before anything is started or written
     folder = open_run_folder(Path(cfg.run.dir), settings(cfg), resume=cfg.run.resume)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(cfg))

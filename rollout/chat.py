@@ -188,7 +188,8 @@ def find_stop_token_ids(
                 f'"{tokenizer.name_or_path}" has no {missing[0]}. Use task.tool_format=hermes for this model.'
             )
         return tuple(words[word] for word in WORD_TURN_ENDS)
-    closing = [each for each in closing_ids[:1] if each in tokenizer.all_special_ids]
+    added = tokenizer.added_tokens_decoder
+    closing = [each for each in closing_ids[:1] if each in added and added[each].special]
     found = [tokenizer.eos_token_id, *_generation_eos(tokenizer.name_or_path), *closing]
     stops = tuple(dict.fromkeys(each for each in found if each is not None))
     if not stops:

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from conf.schema import Config
 from rl.policy.pack import TreeCredit
 from rollout.worker import send_output_to
+
+MODEL = "model"
+"""Folder of the policy inside a checkpoint; loads in transformers and vLLM as it is."""
+OPTIMIZER = "optimizer.pt"
 
 
 class LearnerActor:
@@ -37,12 +42,15 @@ class LearnerActor:
         self._learner.save_weights(path)
 
     def save(self, folder: str) -> None:
-        """Write model and optimiser into a checkpoint folder."""
-        self._learner.save(Path(folder))
+        """Write a Hugging Face folder model/ and the optimiser into a checkpoint folder."""
+        self._learner.save_model(Path(folder) / MODEL)
+        torch.save(self._learner.optimizer_state(), Path(folder) / OPTIMIZER)
 
     def load(self, folder: str) -> None:
-        """Continue from a checkpoint folder."""
-        self._learner.load(Path(folder))
+        """Continue from a checkpoint folder, without executing anything stored in it."""
+        self._learner.load_model(Path(folder) / MODEL)
+        state = torch.load(Path(folder) / OPTIMIZER, weights_only=True, map_location=self._learner.device)
+        self._learner.load_optimizer_state(state)
 
 
 def start_learner(cfg: Config, model_path: str, log_path: str, *, num_gpus: float) -> Any:

@@ -66,7 +66,8 @@ class Learner:
         Args:
             trees: one per prompt; trees that train nothing are passed over.
             step: of the run, from 0; decides the mini-batches and the warm-up, so that a resumed run repeats them.
-        Returns: metrics by name; loss/* are left out when nothing was trained, since nothing was measured.
+        Returns: metrics by name; what was not measured is left out: loss/* without a trained token, loss/kl without
+            a reference, learner/grad_norm without an optimiser step.
         Raises: NonFiniteGradient, with the weights as they were before that mini-batch.
         """
         learning_rate = self._set_learning_rate(step)
@@ -122,7 +123,8 @@ class Learner:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, self.cfg.model.dtype), attn_implementation=ATTENTION_NAME
         )
-        return model.to(self.device).eval()
+        model.to(device=self.device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return model.eval()
 
     def _set_learning_rate(self, step: int) -> float:
         learner = self.cfg.learner
@@ -166,21 +168,21 @@ class Learner:
             tally.gaps.append((logprob_E.detach() - old_logprob_E).abs())
         log_ratio_E = log_ratio(logprob_E, old_logprob_E)
         clip = {"clip_low": loss.clip_low, "clip_high": loss.clip_high, "dual_clip": loss.dual_clip}
-        stats = update_stats(log_ratio_E, entropy_E, w_pos_E, w_neg_E, w0_E, total_weight=total_weight, **clip)
+        tally.add_stats(update_stats(log_ratio_E, entropy_E, w_pos_E, w_neg_E, w0_E, total_weight=total_weight, **clip))
         policy = ppo_clip(log_ratio_E, w_pos_E, w_neg_E, **clip).sum() / total_weight
-        kl = policy.new_zeros(())
+        tally.add("loss/policy", policy)
+        total = policy - loss.entropy_coef * weighted_mean(entropy_E, w0_E, total_weight)
         if self.reference is not None:
             with torch.no_grad():
                 reference_E, _ = self._edge_logprobs(self.reference, batch, plan)
-            kl = loss.kl_coef * weighted_mean(k3_divergence(logprob_E, reference_E), w0_E, total_weight)
-        total = policy + kl
-        if loss.entropy_coef:
-            total = total - loss.entropy_coef * weighted_mean(entropy_E, w0_E, total_weight)
-        tally.add(total=total, policy=policy, kl=kl, stats=stats)
+            kl = weighted_mean(k3_divergence(logprob_E, reference_E), w0_E, total_weight)
+            tally.add("loss/kl", kl)
+            total = total + loss.kl_coef * kl
+        tally.add("loss/total", total)
         return total
 
     def _edge_logprobs(self, model: PreTrainedModel, batch: PackedBatch, plan: TreePlan) -> tuple[Tensor, Tensor]:
-        head = model.get_output_embeddings().weight
+        head = head_weight(model)
         return edge_logprobs(
             tree_hidden(model, batch.input_ids_T, batch.position_T, plan),
             head,
@@ -202,6 +204,13 @@ class Learner:
             )
         self.optimizer.step()
         return norm
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """Weight [V, D] of the output layer, the input embedding where they are tied."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear), "a causal LM ends in a linear layer"
+    return head.weight
 
 
 def tree_hidden(model: PreTrainedModel, input_ids_T: Tensor, position_T: Tensor, plan: TreePlan) -> Tensor:
@@ -247,7 +256,7 @@ def require_tree_exact(model: PreTrainedModel) -> None:
 
 def _fork_gap(model: PreTrainedModel) -> float:
     """Mean difference, relative to the logits' spread, between a path behind a fork in a pack and the path alone."""
-    vocabulary = model.get_output_embeddings().weight
+    vocabulary = head_weight(model)
     ids_T = torch.arange(1, 13, device=vocabulary.device) % len(vocabulary)
     # A prompt of 4 tokens, a first branch of 4, and the branch that is compared.
     end_T = torch.tensor([12] * 4 + [8] * 4 + [12] * 4, device=ids_T.device)
@@ -289,19 +298,15 @@ class _Tally:
         self.packed_tokens += batch.num_tokens
         self.path_tokens += len(batch.traj_index_P)
 
-    def add(self, *, total: Tensor, policy: Tensor, kl: Tensor, stats: UpdateStats) -> None:
-        """Add one pack's part."""
-        parts = {
-            "loss/total": total.item(),
-            "loss/policy": policy.item(),
-            "loss/kl": kl.item(),
-            "loss/entropy_nats": stats.entropy_nats,
-            "loss/clip_share": stats.clip_share,
-            "loss/approx_kl_nats": stats.k3_nats,
-            "loss/approx_kl_k1_nats": stats.k1_nats,
-        }
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def add(self, name: str, part: Tensor | float) -> None:
+        """Add one pack's part of a mean."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(part)
+
+    def add_stats(self, stats: UpdateStats) -> None:
+        """Add one pack's part of the statistics."""
+        self.add("loss/entropy_nats", stats.entropy_nats)
+        self.add("loss/clip_share", stats.clip_share)
+        self.add("loss/approx_kl_nats", stats.approx_kl_nats)
         self.ratio_max = max(self.ratio_max, stats.ratio_max)
 
     def metrics(self) -> dict[str, float]:

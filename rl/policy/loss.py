@@ -82,10 +82,8 @@ class UpdateStats:
 
     clip_share: float
     """Share of trained tokens with an advantage that the clip silences."""
-    k1_nats: float
-    """Mean of -log_ratio: unbiased for KL(old || policy), but noisy and of either sign."""
-    k3_nats: float
-    """Mean of e^log_ratio - 1 - log_ratio: the same divergence, never negative."""
+    approx_kl_nats: float
+    """KL(sampler || policy) by `k3_divergence`, on tokens that the sampler drew."""
     entropy_nats: float
     ratio_max: float
 
@@ -114,8 +112,7 @@ def update_stats(
 
     return UpdateStats(
         clip_share=mean(clipped_E.to(w0_E.dtype)),
-        k1_nats=mean(-log_ratio_E),
-        k3_nats=mean(ratio_E - 1 - log_ratio_E),
+        approx_kl_nats=mean(ratio_E - 1 - log_ratio_E),
         entropy_nats=mean(entropy_E),
         ratio_max=ratio_E.max().item(),
     )

@@ -7,7 +7,7 @@ in its own path, and an edge is one trained prediction: the row it is read from 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class TreeCredit:
             length = len(getattr(self, name))
             if length != num_nodes:
                 raise ShapeError(
-                    f"{name} has {length} weights but the tree of prompt {self.tree.prompt.id!r} has {num_nodes} "
-                    "steps: weights would land on other steps. Pass one weight per row of tree.nodes, 0 for untrained steps."
+                    f"{name} has {length} weights but the tree of prompt {self.tree.prompt.id!r} has {num_nodes} steps: "
+                    "weights would land on other steps. Pass one weight per row of tree.nodes, 0 for untrained steps."
                 )
 
     def is_trained(self, row: int) -> bool:
@@ -92,9 +92,8 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
-        return PackedBatch(
-            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
-        )
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def pack(trees: Sequence[TreeCredit], pad_multiple: int = 1) -> PackedBatch:

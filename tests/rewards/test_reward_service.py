@@ -232,7 +232,7 @@ def test_closing_ends_what_is_still_awaited(serve, plugin):
         while service.num_processes == 0:
             await asyncio.sleep(0.01)
         waiting = asyncio.create_task(service.score(parse_tree("q -> a")))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         service.close()
         await asyncio.wait([running, waiting], timeout=10)
         return running.result(), waiting.cancelled()
