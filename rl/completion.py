@@ -70,7 +70,7 @@ def candidates(words: list[str]) -> list[str]:
         return _beginning(word, OPTIONS.get(command, []))
     if command == "completion":
         return _beginning(word, SHELLS)
-    if command not in ("train", "config", "eval") or words[-2].startswith("--config-dir"):
+    if command not in ("train", "config", "eval") or words[-2] == "--config-dir":
         return []
     if command == "eval" and len(words) == 2:
         return []  # the folder to evaluate

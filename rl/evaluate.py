@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from conf.errors import RewardFailed
+from conf.checks import require_runnable
+from conf.compose import compose, from_yaml
+from conf.errors import CheckpointError, ConfigError, RewardFailed
 from conf.schema import Config, ExpanderKind, RolloutConfig
 from rewards.types import ScoredTree
-from rl.launch import Parts
-from rollout.data import PromptSource
+from rl import checkpoint
+from rl.launch import Parts, launched
+from rl.policy.actor import MODEL
+from rl.run_folder import RunFolder, route_logs
+from rollout.data import PromptSource, build_prompt_source
 from rollout.seeds import derive_seed
 
 
@@ -62,3 +71,57 @@ def successes_of(scored: ScoredTree) -> list[bool]:
     """Whether each scored trajectory succeeded, by the first trajectory source of the config."""
     by_leaf = next(iter(scored.leaf_scores.values()), {})
     return [score.value > 0.5 for score in by_leaf.values() if score.is_scored]
+
+
+def evaluate_run(path: str, overrides: list[str], num_prompts: int | None) -> dict[str, Any]:
+    """Held-out success of a run's newest checkpoint, or of any Hugging Face model folder.
+
+    Args:
+        path: a run folder, or a model folder.
+        overrides: changes to the run's own settings, or for a model folder the settings themselves.
+        num_prompts: run.eval_prompts by default.
+    Returns: success_share, standard_error, prompts, model, seconds.
+    Raises: ConfigError, CheckpointError when there is nothing to evaluate; what an evaluation raises.
+    """
+    cfg = _evaluation_config(Path(path), overrides)
+    require_runnable(cfg)
+    started = time.monotonic()
+    from transformers import AutoTokenizer
+
+    source = build_prompt_source(cfg, AutoTokenizer.from_pretrained(cfg.model.path))
+    with tempfile.TemporaryDirectory(prefix="grove-eval-") as logs:
+        put_back = route_logs(Path(logs))
+        try:
+            with launched(cfg, cfg.model.path, Path(logs), with_learner=False) as parts:
+                found = evaluate(cfg, parts, source, num_prompts or cfg.run.eval_prompts)
+        finally:
+            put_back()
+    return {
+        "success_share": found.success_share,
+        "standard_error": found.standard_error,
+        "prompts": found.num_prompts,
+        "model": cfg.model.path,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _evaluation_config(path: Path, overrides: list[str]) -> Config:
+    """The settings to evaluate with; run.dir is moved aside so that nothing of the run is touched."""
+    if (path / "config.json").is_file():
+        cfg, model = compose(overrides), path
+    elif RunFolder(path).config.is_file():
+        cfg = from_yaml(RunFolder(path).config, overrides)
+        newest = checkpoint.newest(RunFolder(path).checkpoints)
+        if newest is None:
+            raise CheckpointError(
+                f"{path} holds no intact checkpoint: the run stopped before its first one. Train it further with "
+                f"run.resume=true run.dir={path}, or evaluate a model folder."
+            )
+        model = newest.path / MODEL
+    else:
+        raise ConfigError(
+            f'"{path}" is neither a run folder (config.yaml and checkpoints/) nor a model folder (config.json): there is '
+            "nothing to evaluate. Runs lie under runs/, one folder each."
+        )
+    run = replace(cfg.run, dir=str(path / "evaluation"), resume=False)
+    return replace(cfg, run=run, model=replace(cfg.model, path=str(model.resolve())))

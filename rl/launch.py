@@ -74,7 +74,9 @@ class Scoring:
 
         Raises: RewardFailed when a source fails more often than rewards.max_failed_share; WaitTimeout.
         """
-        limit_s = 60.0 + len(calls) * sum(source.timeout_s for source in self._cfg.rewards.sources.values())
+        rewards = self._cfg.rewards
+        longest_s = sum(source.timeout_s for source in rewards.sources.values())
+        limit_s = 60.0 + rewards.setup_timeout_s + len(calls) * longest_s
         scored = wait_all([calls[index] for index in sorted(calls)], limit_s=limit_s, what="the reward service")
         check_failure_budget(scored, self._cfg.rewards)
         return scored

@@ -103,9 +103,9 @@ class RolloutPool:
             except RayActorError as error:
                 self._replace(worker, str(error).splitlines()[0])
 
-    def sample_everywhere(self, context_ids: list[int], sampling: Sampling) -> list[Sampled]:
-        """The same step sampled by each engine."""
-        calls = [worker.actor.sample.remote(context_ids, sampling) for worker in self._workers]
+    def sample_everywhere(self, requests: Sequence[tuple[list[int], Sampling]]) -> list[list[Sampled]]:
+        """The same steps, given as (context ids, sampling), by each engine: one list for each engine."""
+        calls = [worker.actor.sample.remote(list(requests)) for worker in self._workers]
         return wait_all(calls, limit_s=WEIGHTS_LIMIT_S, what="the canary's samples")
 
     def close(self) -> None:
@@ -168,6 +168,10 @@ class RolloutPool:
                 f"a rollout worker died while loading the model ({str(error).splitlines()[0]}). "
                 f"Its log is in {self._log_dir}."
             ) from error
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers, in their order."""
+        return wait_all([each.actor.pid.remote() for each in self._workers], limit_s=CLOSE_LIMIT_S, what="pids")
 
     @property
     def num_restarts(self) -> int:

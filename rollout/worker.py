@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -84,13 +85,17 @@ class RolloutWorker:
         expander = build_expander(rollout, derive_seed(seed, "expander"))
         return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed)
 
-    async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
-        """Sample one step, for the canary."""
-        return await self._engine.sample(context_ids, sampling)
+    async def sample(self, requests: list[tuple[list[int], Sampling]]) -> list[Sampled]:
+        """Sample single steps, for the canary."""
+        return await asyncio.gather(*(self._engine.sample(context_ids, each) for context_ids, each in requests))
 
     async def load_weights(self, path: str, version: int) -> None:
         """Take new weights in place."""
         await self._engine.load_weights(path, version)
+
+    async def pid(self) -> int:
+        """Process id, for those who want to look or to kill."""
+        return os.getpid()
 
     async def close(self) -> None:
         """Stop the engine and its processes."""

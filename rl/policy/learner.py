@@ -199,8 +199,8 @@ class Learner:
             self.optimizer.zero_grad()
             raise NonFiniteGradient(
                 f"the gradient norm is {norm}: the optimiser would turn every weight into NaN, so it was not run and "
-                "the weights are those of the last update. Look for log-probabilities or advantages that are not finite "
-                "in the recorded trees of this step; else lower learner.learning_rate, or use a wider model.dtype."
+                "the weights are as before it. Look for log-probabilities or advantages that are not finite in "
+                "the recorded trees of this step; else lower learner.learning_rate, or use a wider model.dtype."
             )
         self.optimizer.step()
         return norm
@@ -250,7 +250,7 @@ def require_tree_exact(model: PreTrainedModel) -> None:
         raise ConfigError(
             f"{type(model).__name__} gives other logits on a packed tree than on the same path alone (relative gap "
             f"{gap:.2g}): its attention ignores the packing, or its output layer scales or caps the logits, so "
-            "training would be inexact. Use a model with plain attention and a plain output layer, such as Qwen3 or Llama."
+            "training would be inexact. Use a model with plain attention and output layers, such as Qwen3 or Llama."
         )
 
 
@@ -300,7 +300,7 @@ class _Tally:
 
     def add(self, name: str, part: Tensor | float) -> None:
         """Add one pack's part of a mean."""
-        self.sums[name] = self.sums.get(name, 0.0) + float(part)
+        self.sums[name] = self.sums.get(name, 0.0) + (part.item() if isinstance(part, Tensor) else part)
 
     def add_stats(self, stats: UpdateStats) -> None:
         """Add one pack's part of the statistics."""

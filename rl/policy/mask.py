@@ -46,17 +46,6 @@ def ancestor_ranges(end_T: Tensor) -> list[list[tuple[int, int]]]:
     return ranges
 
 
-def tree_spans(end_T: Tensor) -> list[tuple[int, int]]:
-    """First token and one past the last token of every tree in the pack, padding tokens as trees of their own."""
-    end = end_T.tolist()
-    spans = []
-    start = 0
-    while start < len(end):
-        spans.append((start, end[start]))
-        start = end[start]
-    return spans
-
-
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:

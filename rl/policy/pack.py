@@ -37,7 +37,7 @@ class TreeCredit:
             length = len(getattr(self, name))
             if length != num_nodes:
                 raise ShapeError(
-                    f"{name} has {length} weights but the tree of prompt {self.tree.prompt.id!r} has {num_nodes} steps: "
+                    f"{name} has {length} weights but the tree of {self.tree.prompt.id!r} has {num_nodes} steps: "
                     "weights would land on other steps. Pass one weight per row of tree.nodes, 0 for untrained steps."
                 )
 

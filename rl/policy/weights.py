@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from rollout.types import Sampling
 from rollout.waiting import wait_all
 
 SHARED_MEMORY = Path("/dev/shm")
+CANARY_TOKENS = 16
 
 
 class WeightPublisher:
@@ -62,23 +64,23 @@ class WeightPublisher:
         tied head and a stale prefix cache all show.
         """
         contexts = [deepest_context(tree) for tree in trees[: self._cfg.learner.canary_samples]]
-        gaps: list[list[float]] = []
-        for number, context_ids in enumerate(contexts):
-            seed = derive_seed(self._cfg.seed, "canary", version, number)
-            sampling = Sampling(max_tokens=min(16, self._cfg.rollout.max_turn_tokens), seed=seed)
-            sampled = self._pool.sample_everywhere(context_ids, sampling)
-            if any(each.version != version for each in sampled):
-                raise StaleWeights(
-                    f"an engine serves version {min(each.version for each in sampled)} after version {version} was "
-                    "published: what it samples would be trained as if the newest policy had said it."
-                )
-            scored = wait_all(
-                [self._learner.score.remote([(context_ids, each.token_ids) for each in sampled])],
-                limit_s=self._cfg.learner.update_timeout_s,
-                what="the learner to score the canary",
-            )[0]
-            gaps.append([mean_gap(each.logprobs, logprobs) for each, logprobs in zip(sampled, scored, strict=True)])
-        gap_nats = max((sum(engine) / len(engine) for engine in zip(*gaps, strict=True)), default=0.0)
+        requests = [(each, self._canary_sampling(version, n, len(each))) for n, each in enumerate(contexts)]
+        if not requests:
+            return 0.0
+        by_engine = self._pool.sample_everywhere(requests)
+        sampled = [each for engine in by_engine for each in engine]
+        served = min(each.version for each in sampled)
+        if served != version:
+            raise StaleWeights(
+                f"an engine serves version {served} after version {version} was published: what it samples would be "
+                "trained as if the newest policy had said it."
+            )
+        call = self._learner.score.remote([(each.context_ids, each.token_ids) for each in sampled])
+        limit_s = self._cfg.learner.update_timeout_s
+        scored = iter(wait_all([call], limit_s=limit_s, what="the learner to score the canary")[0])
+        gap_nats = max(
+            statistics.fmean(mean_gap(each.logprobs, next(scored)) for each in engine) for engine in by_engine
+        )
         if not gap_nats <= self._cfg.learner.canary_max_logprob_gap:  # NaN is no agreement
             limit = self._cfg.learner.canary_max_logprob_gap
             raise StaleWeights(
@@ -88,6 +90,11 @@ class WeightPublisher:
                 "update did not reach every layer (a tied head, a cache) of this model."
             )
         return gap_nats
+
+    def _canary_sampling(self, version: int, number: int, context_length: int) -> Sampling:
+        room = self._cfg.rollout.max_context_tokens - context_length
+        seed = derive_seed(self._cfg.seed, "canary", version, number)
+        return Sampling(max_tokens=min(CANARY_TOKENS, self._cfg.rollout.max_turn_tokens, room), seed=seed)
 
 
 def deepest_context(tree: Tree) -> list[int]:

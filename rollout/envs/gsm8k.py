@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable
 
 from conf.errors import ToolError
@@ -14,6 +15,8 @@ MAX_LENGTH = 200
 MAX_BITS = 256
 """Largest whole number, about 1e77: beyond it arithmetic costs time and memory and answers no question."""
 MAX_EXPONENT = 64
+ONLY = "only numbers, + - * / // % ** and parentheses can be worked out"
+ARITHMETIC = re.compile(r"[0-9\s+\-*/%().eE]*")
 SPELLINGS = str.maketrans({",": "", "$": "", "^": "**", "\u00d7": "*", "\u00f7": "/"})
 """Thousands separators, currency signs and schoolbook operators, as the problems write them."""
 
@@ -37,6 +40,8 @@ def calculator(expression: str) -> str:
     if len(expression) > MAX_LENGTH:
         raise ToolError(f"the expression has {len(expression)} characters, {MAX_LENGTH} is the most; split it up")
     plain = expression.translate(SPELLINGS).strip()
+    if not ARITHMETIC.fullmatch(plain):
+        raise ToolError(ONLY)
     try:
         value = _value(ast.parse(plain, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -59,12 +64,12 @@ def _value(node: ast.expr) -> float:
             return _bounded(_power(left, right))
         if type(node.op) in BINARY:
             return _bounded(BINARY[type(node.op)](left, right))
-    raise ToolError("only numbers, + - * / // % ** and parentheses can be worked out")
+    raise ToolError(ONLY)
 
 
 def _power(base: float, exponent: float) -> float:
     if abs(exponent) > MAX_EXPONENT:
-        raise ToolError(f"the exponent {exponent:g} is too large, {MAX_EXPONENT} is the most")
+        raise ToolError(f"the exponent {exponent} is too large, {MAX_EXPONENT} is the most")
     if base < 0 and exponent != int(exponent):
         raise ToolError(f"{base:g} has no real power {exponent:g}")
     return base**exponent

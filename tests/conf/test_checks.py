@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +163,9 @@ def test_all_leaves_may_be_kept(demo: Change):
     assert texts(demo({"rollout.expander": ExpanderKind.random_expand, "rollout.keep_leaves": 3})) == []
 
 
-@pytest.mark.parametrize(("forks", "part"), [(1, "these are chains"), (9, "more continuations than the rollout.num_leaves=8")])
+@pytest.mark.parametrize(
+    ("forks", "part"), [(1, "these are chains"), (9, "more continuations than the rollout.num_leaves=8")]
+)
 def test_forks_that_cannot_be_are_warned_of(demo: Change, forks: int, part: str):
     assert part in only(demo({"rollout.max_forks": forks}), fatal=False)
 
@@ -340,7 +341,7 @@ def test_online_tracking_without_a_key(demo: Change, no_wandb_key: Path):
 
 def test_online_tracking_with_a_key_in_netrc(demo: Change, no_wandb_key: Path):
     no_wandb_key.write_text("machine api.wandb.ai login user password key\n")
-    os.chmod(no_wandb_key, 0o600)
+    no_wandb_key.chmod(0o600)
     assert texts(demo({"tracker.mode": TrackerMode.online})) == []
 
 
@@ -388,12 +389,6 @@ def test_signal_whose_only_source_has_weight_zero(demo: Change):
     assert "Only progress, tool_success could feed it, with weight 0: set rewards.sources.progress.weight=1." in text
 
 
-def test_source_that_no_term_reads_is_warned_of(demo: Change):
-    text = only(demo({"rewards.sources.progress.signal": "other", "rewards.sources.tool_success.weight": 0.1}), fatal=False)
-    # tool_success now feeds "step" alone, which is its own warning; see below.
-    assert text
-
-
 def test_source_without_a_term_names_both_ways_out(demo: Change):
     source = SourceConfig(fn="rewards.sources.hop_search:progress", signal="other")
     text = only(demo({"rewards.sources.mine": source}), fatal=False)
@@ -427,7 +422,9 @@ def test_source_that_cannot_be_loaded_is_named_by_its_key(demo: Change):
     )
 
 
-@pytest.mark.parametrize(("source", "part"), [(SourceConfig(), "neither fn nor"), (SourceConfig(fn="a:b", target="a.b"), "both")])
+@pytest.mark.parametrize(
+    ("source", "part"), [(SourceConfig(), "neither fn nor"), (SourceConfig(fn="a:b", target="a.b"), "both")]
+)
 def test_source_names_exactly_one_function(demo: Change, source: SourceConfig, part: str):
     assert part in only(demo({"rewards.sources.mine": source}))
 
@@ -489,7 +486,7 @@ def test_tool_success_paid_alone_is_warned_of(demo: Change):
 
 
 def test_one_trajectory_has_nothing_to_be_compared_with(demo: Change):
-    cfg = demo({"rollout.num_leaves": 1, "rollout.max_forks": 2})
+    cfg = demo({"rollout.num_leaves": 1})
+    assert texts(cfg) == []  # the term "step" still compares the steps of that one trajectory
     del cfg.credit.terms["step"]
-    cfg.rewards.sources["progress"].signal = "outcome"
-    assert any("rollout.num_leaves=1 gives each prompt one trajectory" in text for text in texts(cfg))
+    assert only(cfg).startswith("rollout.num_leaves=1 gives each prompt one trajectory")

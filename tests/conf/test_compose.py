@@ -200,7 +200,9 @@ def test_null_for_an_entry_says_how_to_take_it_away():
 
 def test_unknown_choice_names_the_choices():
     choices = ", ".join(group_choices()["credit"])
-    assert complaint(["credit=gpro"]) == f'credit="gpro" is no choice of credit: there are {choices}. Did you mean "grpo"?'
+    assert (
+        complaint(["credit=gpro"]) == f'credit="gpro" is no choice of credit: there are {choices}. Did you mean "grpo"?'
+    )
 
 
 def test_unknown_choice_inside_a_users_file_names_the_choices(tmp_path: Path):
@@ -213,7 +215,13 @@ def test_unknown_choice_inside_a_users_file_names_the_choices(tmp_path: Path):
 def test_several_mistakes_are_reported_together():
     text = complaint(["rollout.num_leafs=4", "run.num_steps=abc", "credit=gpro", "run.name=a#b", "seed=1,2"])
     assert text.startswith("5 settings cannot be used:\n  1. ")
-    for part in ("rollout.num_leafs", 'run.num_steps="abc"', 'credit="gpro"', '"run.name=a#b" cannot be read', "seed=1,2"):
+    for part in (
+        "rollout.num_leafs",
+        'run.num_steps="abc"',
+        'credit="gpro"',
+        '"run.name=a#b" cannot be read',
+        "seed=1,2",
+    ):
         assert part in text
 
 

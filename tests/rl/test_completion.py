@@ -1,0 +1,100 @@
+"""What Tab offers."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rl import completion
+from rl.cli import main
+from rl.completion import candidates
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["tr"], ["train"]),
+        (["completion", ""], ["bash", "zsh"]),
+        (["config", "--k"], ["--keys"]),
+        (["train", "rollout.max_t"], ["rollout.max_turn_tokens="]),
+        (["train", "seed=1", "rollout.exp"], ["rollout.expander=", "rollout.expand_nodes=", "rollout.expand_rounds="]),
+        (
+            ["train", "rollout.expander="],
+            [f"rollout.expander={it}" for it in ("chains", "random_expand", "beam_forks")],
+        ),
+        (["train", "run.resume="], ["run.resume=true", "run.resume=false"]),
+        (["train", "rollout=ch"], ["rollout=chains"]),
+        (["train", "experiment=hop_search_l"], ["experiment=hop_search_long", "experiment=hop_search_long_grpo"]),
+        (["train", "rewards.so"], ["rewards.sources."]),
+        (["train", "rewards.sources.mine.w"], ["rewards.sources.mine.weight="]),
+        (["train", "credit.terms.mine.scope=s"], ["credit.terms.mine.scope=siblings"]),
+        (["train", "credit.terms.mine.si"], ["credit.terms.mine.signals.", "credit.terms.mine.singleton="]),
+        (["train", "run.name="], []),
+        (["train", "--config-dir", ""], []),
+        (["eval", ""], []),
+        (["eval", "runs/x", "rollout="], []),
+        (["eval", "runs/x", "rollout.num_le"], ["rollout.num_leaves="]),
+        (["report", "x"], []),
+        ([], list(completion.COMMANDS)),
+    ],
+)
+def test_words_that_may_follow(words: list[str], found: list[str]):
+    assert candidates(words) == found
+
+
+@pytest.mark.parametrize("option", [["--config-dir", "{}"], ["--config-dir={}"]])
+def test_choices_of_a_users_folder_are_offered(option: list[str], tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").touch()
+    words = [word.format(tmp_path) for word in option]
+    assert candidates(["train", *words, "experiment=m"]) == ["experiment=mine"]
+
+
+def test_hidden_command_prints_one_a_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["__complete", "train", "rollout=tree"]) == 0
+    assert capsys.readouterr().out == "rollout=tree\nrollout=tree_grpo\n"
+
+
+def test_completion_loads_neither_torch_nor_hydra():
+    code = (
+        "import sys; from rl.cli import main; main(['__complete', 'train', 'seed']);"
+        "print({'torch', 'ray', 'hydra', 'omegaconf', 'rich'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "seed=\nset()\n"
+
+
+def offered(shell: str, script: str, tmp_path: Path) -> str:
+    """What a shell prints after sourcing our script, with a `grove` that is this interpreter's."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    grove = tmp_path / "grove"
+    grove.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m rl.cli "$@"\n')
+    grove.chmod(0o755)
+    (tmp_path / "completion").write_text(completion.script(shell))
+    done = subprocess.run(
+        [shell, "-c", script],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), "HERE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_bash_replies_with_what_follows_the_equals_sign(tmp_path: Path):
+    script = """source $HERE/completion
+    COMP_LINE="grove train seed=1 rollout=t"; COMP_POINT=${#COMP_LINE}; _grove
+    echo "${COMPREPLY[@]}" """
+    assert offered("bash", script, tmp_path) == "tree tree_grpo"
+
+
+def test_zsh_offers_whole_words_and_no_space_after_an_unfinished_one(tmp_path: Path):
+    script = """compdef() { : }
+    compadd() { local -a all; all=(${(P)@[-1]}); (( ${#all} )) && print -- "$1 $all"; return 0 }
+    source $HERE/completion
+    words=(grove train rollout=t); CURRENT=3; _grove
+    words=(grove train rollout.max_t); CURRENT=3; _grove"""
+    assert offered("zsh", script, tmp_path) == "-a rollout=tree rollout=tree_grpo\n-S rollout.max_turn_tokens="

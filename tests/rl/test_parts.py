@@ -1,0 +1,130 @@
+"""The running parts together: Ray, two vLLM engines, the reward service and the learner."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conf.compose import compose
+from conf.errors import StaleWeights
+from conf.schema import Config
+from rl.credit.assign import assign
+from rl.credit.forest import forest_of
+from rl.launch import Parts, launched
+from rl.run import advantage_tables, tree_credits
+from rl.tiny import write_tiny_model
+from rollout.data import build_prompt_source
+from rollout.tree import Tree
+from rollout.types import Prompt, Sampling
+from rollout.waiting import wait_all
+
+DEEP = ["rollout.max_turn_tokens=24", "rollout.max_steps=5", "cluster.num_cpus=2"]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    # a reply to malformed turns lets the untrained model's trees grow deep
+    return compose(["tracker=disabled", "task.on_malformed=reply", "learner.learning_rate=0.01", *DEEP])
+
+
+@pytest.fixture(scope="module")
+def model_path(cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_tiny_model(folder, cfg)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def parts(cfg: Config, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    with launched(cfg, model_path, tmp_path_factory.mktemp("logs")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prompts(cfg: Config, model_path: str) -> list[Prompt]:
+    return build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).batch(0, 6)
+
+
+def grow(parts: Parts, prompts: list[Prompt], seed: int = 0) -> list[Tree]:
+    return [tree for _, tree in sorted(parts.pool.grow(prompts, seed))]
+
+
+def same_but_for_the_cache(trees: list[Tree]) -> list[tuple[object, ...]]:
+    return [(node.parent, node.action_ids, node.observation_ids, node.stop) for tree in trees for node in tree.nodes]
+
+
+def test_two_workers_share_a_batch_and_repeat_it(parts: Parts, prompts: list[Prompt]):
+    first, second = grow(parts, prompts), grow(parts, prompts)
+    assert [tree.prompt.id for tree in first] == [prompt.id for prompt in prompts]
+    assert same_but_for_the_cache(first) == same_but_for_the_cache(second)
+    assert any(node.num_cached_tokens for tree in second for node in tree.nodes), "forks sit behind a cached prefix"
+
+
+def test_recorded_logprobs_are_the_models_own(parts: Parts, prompts: list[Prompt], model_path: str):
+    tree = grow(parts, prompts[:1])[0]
+    samples = [(tree.path_ids(node.parent), node.action_ids) for node in tree.nodes]
+    scored = wait_all([parts.learner.score.remote(samples)], limit_s=60, what="the learner")[0]
+    for node, logprobs in zip(tree.nodes, scored, strict=True):
+        torch.testing.assert_close(torch.tensor(node.action_logprobs), torch.tensor(logprobs), rtol=0, atol=1e-4)
+
+
+def test_a_killed_worker_costs_time_and_no_data(parts: Parts, prompts: list[Prompt]):
+    expected = same_but_for_the_cache(grow(parts, prompts, seed=7))
+    growing = parts.pool.grow(prompts, 7)
+    regrown = [next(growing)]
+    os.kill(parts.pool.worker_pids()[0], signal.SIGKILL)
+    regrown += growing
+    assert parts.pool.num_restarts == 1
+    assert same_but_for_the_cache([tree for _, tree in sorted(regrown, key=lambda each: each[0])]) == expected
+
+
+def test_engines_follow_the_learner_through_updates(
+    cfg: Config, parts: Parts, prompts: list[Prompt], tmp_path: Path, model_path: str
+):
+    assert parts.publisher is not None
+    for version in (1, 2):
+        scored = parts.scoring.collect(parts.scoring.submit(parts.pool.grow(prompts, version)))
+        forest = forest_of(scored)
+        credit = assign(forest, cfg.credit, cfg.rollout.max_steps)
+        assert len(advantage_tables(forest, credit, len(scored))) == len(prompts)
+        # an untrained model earns the same everywhere, so the test pays every step to have a gradient
+        trees = [replace(each, w_pos=each.w0) for each in tree_credits(scored, forest, credit)]
+        metrics = wait_all([parts.learner.update.remote(trees, version)], limit_s=120, what="update")[0]
+        assert metrics["loss/logprob_gap_nats"] < 1e-4 and metrics["learner/grad_norm"] > 0
+        assert parts.publisher.publish(version, [each.tree for each in scored])["weights/canary_gap_nats"] < 1e-4
+    wait_all([parts.learner.save.remote(str(tmp_path))], limit_s=60, what="save")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    context_ids = list(prompts[0].token_ids)
+    for (sampled,) in parts.pool.sample_everywhere([(context_ids, Sampling(max_tokens=12, temperature=0))]):
+        greedy = trained.generate(torch.tensor([context_ids]), max_new_tokens=12, do_sample=False, eos_token_id=-1)
+        assert sampled.version == 2
+        assert sampled.token_ids == greedy[0, len(context_ids) :].tolist()
+    assert all(node.version == 2 for tree in grow(parts, prompts[:2]) for node in tree.nodes)
+
+
+def test_the_canary_stops_a_run_whose_engines_serve_other_weights(
+    parts: Parts, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    assert parts.publisher is not None
+    stale = tmp_path / "stale.safetensors"
+    wait_all([parts.learner.save_weights.remote(str(stale))], limit_s=60, what="save")
+    spoil(stale)
+    really_load = parts.pool.load_weights
+    monkeypatch.setattr(parts.pool, "load_weights", lambda path, version: really_load(str(stale), version))
+    with pytest.raises(StaleWeights, match=r"differ from the learner's by .* another policy than the one"):
+        parts.publisher.publish(3, grow(parts, prompts))
+
+
+def spoil(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    save_file({name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in tensors.items()}, path)
