@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml tools/install.sh $(wildcard requirements/*.txt)
 	@PYTHON="$(PYTHON)" TORCH_ARGS="$(TORCH_ARGS)" tools/install.sh "$(VENV)" "$(KIND)"
 	@touch $@
 
-demo: install ## train a tiny agent from 37 % to about 90 % on two CPU cores (SEED=0)
+demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
 	@if [ -e "$(RUN)" ]; then old="$(RUN)-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN)" "$$old"; echo "an earlier run is kept in $$old"; fi
 	@$(BIN)/grove train experiment=hop_search seed=$(SEED) $(OVERRIDES)
 	@echo "Open $(RUN)/report.html in a browser: the curve, the settings, and one tree with every step's reward and credit."

@@ -118,7 +118,7 @@ def require_runnable(cfg: Config, warn: Callable[[str], None] = logger.warning) 
             warn(problem.text)
     fatal = [problem.text for problem in found if problem.fatal]
     if fatal:
-        raise ConfigError(numbered("setting", fatal))
+        raise ConfigError(numbered(fatal))
 
 
 def rules() -> list[Rule]:

@@ -75,15 +75,15 @@ class _Complaints:
         Raises: ConfigError when there is any.
         """
         if self.texts:
-            raise ConfigError(numbered("setting", self.texts))
+            raise ConfigError(numbered(self.texts))
 
 
-def numbered(what: str, texts: list[str]) -> str:
-    """One text as it is, several as a numbered list under a headline."""
+def numbered(texts: list[str]) -> str:
+    """One complaint as it is, several as a numbered list under a headline."""
     if len(texts) == 1:
         return texts[0]
     lines = [f"  {number}. {text}" for number, text in enumerate(texts, start=1)]
-    return "\n".join([f"{len(texts)} {what}s cannot be used:", *lines])
+    return "\n".join([f"{len(texts)} settings cannot be used:", *lines])
 
 
 def compose(overrides: list[str], config_dir: str = "") -> Config:

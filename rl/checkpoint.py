@@ -177,11 +177,12 @@ def _not_written(root: Path, step: int, written_bytes: int, error: Exception) ->
         needed = f"more than {written_bytes:,} bytes are needed"
         survivor = "There is no earlier checkpoint, so the run can only start again."
     else:
-        needed = f"about {_size_bytes(last.path):,} bytes are needed"
+        needed = f"at least {max(_size_bytes(last.path), written_bytes):,} bytes are needed"
         survivor = f"The last good checkpoint is untouched: {last.path} (step {last.step}); run.resume=true uses it."
+    why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # one from an actor carries its traceback
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
     return CheckpointError(
-        f"checkpoint of step {step} could not be written to {root} ({error}): {needed} and {free_bytes:,} are free. "
+        f"checkpoint of step {step} could not be written to {root} ({why}): {needed} and {free_bytes:,} are free. "
         f"{survivor} Free some space, lower run.keep_checkpoints or choose another run.dir, then resume."
     )
 

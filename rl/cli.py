@@ -94,7 +94,15 @@ def _run(words: list[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    _find_packages_here()
     return arguments.run(arguments)
+
+
+def _find_packages_here() -> None:
+    """Let a config name modules of the folder one works in; at the end, so that they hide no installed package."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
 
@@ -74,7 +75,9 @@ def candidates(words: list[str]) -> list[str]:
         return []
     if command == "eval" and len(words) == 2:
         return []  # the folder to evaluate
-    groups = {} if command == "eval" else group_choices(_config_dir(words))
+    # A run has made its choices; a bare model is evaluated on any task.
+    has_choices = command != "eval" or (Path(words[1]) / "config.json").is_file()
+    groups = group_choices(_config_dir(words)) if has_choices else {}
     return _values(word, groups) if "=" in word else _names(word, groups)
 
 

@@ -120,8 +120,8 @@ def _evaluation_config(path: Path, overrides: list[str]) -> Config:
         model = newest.path / MODEL
     else:
         raise ConfigError(
-            f'"{path}" is neither a run folder (config.yaml and checkpoints/) nor a model folder (config.json): there is '
-            "nothing to evaluate. Runs lie under runs/, one folder each."
+            f'"{path}" is neither a run folder (config.yaml and checkpoints/) nor a model folder (config.json): '
+            "there is nothing to evaluate. Runs lie under runs/, one folder each."
         )
     run = replace(cfg.run, dir=str(path / "evaluation"), resume=False)
     return replace(cfg, run=run, model=replace(cfg.model, path=str(model.resolve())))

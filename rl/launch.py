@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from conf.errors import ConfigError, WaitTimeout
 from conf.schema import Config
@@ -143,6 +144,6 @@ def _close_actor(actor: Any, what: str) -> None:
     """Let an actor close what it started, then make sure."""
     try:
         wait_all([actor.close.remote()], limit_s=CLOSE_LIMIT_S, what=f"{what} to close")
-    except (WaitTimeout, ray.exceptions.RayError) as error:
+    except (WaitTimeout, RayError) as error:
         logger.warning("%s did not close (%s) and is killed", what, error)
     ray.kill(actor)

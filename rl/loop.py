@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from conf.checks import require_runnable
 from conf.schema import Config
 from rl.run import opened_run
+
+logger = logging.getLogger(__name__)
 
 
 def train(cfg: Config) -> dict[str, Any]:
@@ -14,6 +18,7 @@ def train(cfg: Config) -> dict[str, Any]:
     Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, ...
     Raises: GroveError for whatever the user or the world did; KeyboardInterrupt after a checkpoint.
     """
+    require_runnable(cfg, warn=logger.debug)
     with opened_run(cfg) as run:
         run.evaluate_if_due()
         while run.goes_on():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,9 +112,23 @@ def save_tiny_model(folder: str | Path, model: Qwen3ForCausalLM) -> Path:
     from transformers import GenerationConfig
 
     word_ids = vocabulary()
-    model.generation_config = GenerationConfig(
-        pad_token_id=word_ids[PAD], eos_token_id=[word_ids[word] for word in TURN_ENDS], do_sample=True
-    )
-    model.save_pretrained(folder)
+    turn_ends = [word_ids[word] for word in TURN_ENDS]
+    model.generation_config = GenerationConfig(pad_token_id=word_ids[PAD], eos_token_id=turn_ends, do_sample=True)
+    with _no_progress_bar():
+        model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # One small file is written at once; a bar would break into the progress of the run.
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

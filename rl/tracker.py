@@ -88,7 +88,9 @@ class Tracker:
         except Exception as error:
             # Any exception: wandb raises its own, the system's and its protocol's, and none of them is worth a run.
             why = (str(error).splitlines() or [""])[0]
-            logger.warning("wandb could not %s (%s: %s); the run goes on", doing, type(error).__name__, why)
+            logger.warning(
+                "wandb could not %s (%s: %s); the run goes on, metrics.jsonl has all", doing, type(error).__name__, why
+            )
             return False
         return True
 

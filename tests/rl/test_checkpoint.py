@@ -129,7 +129,22 @@ def fill_under_safetensors(folder: Path) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("write", [fill_the_disk, fill_a_device, fill_under_torch_save, fill_under_safetensors])
+def fill_under_torch_in_an_actor(folder: Path) -> None:
+    raise RuntimeError(
+        "ray::save()\n  File ...\nRuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos"
+    )
+
+
+FILLERS = [
+    fill_the_disk,
+    fill_a_device,
+    fill_under_torch_save,
+    fill_under_safetensors,
+    fill_under_torch_in_an_actor,
+]
+
+
+@pytest.mark.parametrize("write", FILLERS)
 def test_a_full_disk_says_what_survives_and_leaves_nothing_half_written(tmp_path, write):
     if write in (fill_a_device, fill_under_torch_save) and not Path("/dev/full").is_char_device():
         pytest.skip("this system has no /dev/full")
@@ -138,6 +153,7 @@ def test_a_full_disk_says_what_survives_and_leaves_nothing_half_written(tmp_path
         save(tmp_path, 20, write, {}, keep=1)
     text = str(caught.value)
     assert f"checkpoint of step 20 could not be written to {tmp_path}" in text
+    assert "\n" not in text
     assert "bytes are needed" in text
     assert "are free" in text
     assert f"{last.path} (step 10); run.resume=true uses it" in text

@@ -44,6 +44,7 @@ class Calls:
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """The work faked, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     fake = Calls()
     for module, name in (("rl.loop", "train"), ("rl.evaluate", "evaluate_run"), ("rl.view", "write_report")):
         stand_in = types.ModuleType(module)
@@ -65,6 +66,12 @@ def test_settings_may_follow_an_option(calls: Calls, tmp_path: Path):
     assert main(["train", ONE_WORKER, "--config-dir", "mine", "experiment=own", "seed=3"]) == 0
     [(cfg,)] = calls.seen
     assert (cfg.run.name, cfg.seed) == ("own", 3)
+
+
+def test_a_reward_may_live_in_a_package_of_the_working_folder(calls: Calls):
+    Path("my_package_of_rewards").mkdir()
+    Path("my_package_of_rewards/__init__.py").write_text("def brief(step): return 1.0\n")
+    assert main(["train", ONE_WORKER, "rewards.sources.mine.fn=my_package_of_rewards:brief"]) == 0
 
 
 def test_bad_config_is_told_without_a_traceback_and_nothing_starts(calls: Calls, capsys: pytest.CaptureFixture[str]):

@@ -52,6 +52,11 @@ def test_choices_of_a_users_folder_are_offered(option: list[str], tmp_path: Path
     assert candidates(["train", *words, "experiment=m"]) == ["experiment=mine"]
 
 
+def test_a_bare_model_is_evaluated_on_any_task(tmp_path: Path):
+    (tmp_path / "config.json").touch()
+    assert candidates(["eval", str(tmp_path), "task=gs"]) == ["task=gsm8k"]
+
+
 def test_hidden_command_prints_one_a_line(capsys: pytest.CaptureFixture[str]):
     assert main(["__complete", "train", "rollout=tree"]) == 0
     assert capsys.readouterr().out == "rollout=tree\nrollout=tree_grpo\n"

@@ -107,7 +107,7 @@ def test_without_network_an_online_run_is_tracked_offline_and_says_so_once(tmp_p
     assert started.is_on
     assert [options["mode"] for options in wandb.inits] == ["online", "offline"]
     assert [record.getMessage() for record in caplog.records] == [
-        "wandb could not start online (ConnectionError: no such host); the run goes on"
+        "wandb could not start online (ConnectionError: no such host); the run goes on, metrics.jsonl has all"
     ]
 
 

@@ -83,7 +83,8 @@ def test_a_conversation_grown_turn_by_turn_is_the_conversation_the_template_rend
 def test_the_observation_starts_behind_the_sampled_stop_token():
     (turn,) = play(hermes(), asking(city="Rome") + "<|im_end|>")
     assert turn.observation_text == (
-        "\n<|im_start|>user\n<tool_response>\nsunny in Rome on day 0\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        "\n<|im_start|>user\n<tool_response>\nsunny in Rome on day 0\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
@@ -175,7 +176,9 @@ def test_a_rows_own_budget_replaces_the_tasks():
     rome = asking(city="Rome") + "<|im_end|>"
     env = hermes(max_calls=8, columns=ColumnsConfig(max_calls="budget"))
     assert play(env, rome, rome, data={"budget": 1})[1].stop is StopReason.call_budget
-    with pytest.raises(ConfigError, match=r'task.columns.max_calls="budget" is None in a row with the columns question'):
+    with pytest.raises(
+        ConfigError, match=r'task.columns.max_calls="budget" is None in a row with the columns question'
+    ):
         play(env, rome, data={"question": "q"})
 
 
@@ -209,7 +212,10 @@ def test_stop_tokens_come_from_tokenizer_template_and_generation_config(tmp_path
     [
         (None, "has no chat template"),
         ("{{ messages[0].content }}", "changes or drops the assistant's text"),
-        ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}", 'leaves out messages with role "tool"'),
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+            'leaves out messages with role "tool"',
+        ),
         (
             "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
             "{{ m.content }}{% endfor %}",
@@ -236,7 +242,9 @@ def hop_config() -> Config:
     tools = [f"rollout.envs.hop_search:{name}" for name in ("office", "school", "family", "clinic")]
     columns = ColumnsConfig(max_calls="max_calls")
     words, end = ToolFormat.words, OnMalformed.end
-    return Config(task=TaskConfig(generator="hop_search", columns=columns, tools=tools, tool_format=words, on_malformed=end))
+    return Config(
+        task=TaskConfig(generator="hop_search", columns=columns, tools=tools, tool_format=words, on_malformed=end)
+    )
 
 
 def hop_environment() -> ToolEnvironment:
@@ -252,7 +260,9 @@ def test_a_hop_walked_with_the_right_tools_is_answered_in_the_prototypes_tokens(
     ]
     turns = play(hop_environment(), *calls, f"<answer> {row['answer']} </answer>", data=row)
     assert [turn.facts.result for turn in turns[:-1]] == row["people"][1:]
-    assert [turn.observation_text for turn in turns[:-1]] == [f"<result> {name} </result>" for name in row["people"][1:]]
+    assert [turn.observation_text for turn in turns[:-1]] == [
+        f"<result> {name} </result>" for name in row["people"][1:]
+    ]
     assert (turns[-1].stop, turns[-1].facts.answer) == (StopReason.answered, row["answer"])
     assert [len(encode(tiny_tokenizer(), text)) for text in calls] == [6, 6, 6]
     assert [len(turn.observation_ids) for turn in turns] == [4, 4, 4, 0]
@@ -261,7 +271,9 @@ def test_a_hop_walked_with_the_right_tools_is_answered_in_the_prototypes_tokens(
 
 def test_a_closed_vocabulary_is_told_error_and_the_facts_say_why():
     row = HopSearchRows(hop_config().task.hop_search, 0, "train").row(0)
-    wrong = next(name for name in ("office", "school") if name != parse_world(row["world"]).tool_of(row["relations"][0]))
+    wrong = next(
+        name for name in ("office", "school") if name != parse_world(row["world"]).tool_of(row["relations"][0])
+    )
     call = f"<call> {wrong} {row['relations'][0]} {row['people'][0]} </call>"
     turns = play(hop_environment(), call, "<call> city boss Anna Reed </call>", "<call> office boss </call>", data=row)
     assert [turn.observation_text for turn in turns] == ["<result> error </result>"] * 3
@@ -285,7 +297,11 @@ def test_words_that_are_neither_call_nor_answer_are_malformed(text: str):
 
 
 def test_every_turn_is_exactly_one_of_call_answer_or_malformed():
-    for parsed in (parse_words("<answer> a b </answer>", {}), parse_words("<call> x y </call>", {}), parse_words("", {})):
+    for parsed in (
+        parse_words("<answer> a b </answer>", {}),
+        parse_words("<call> x y </call>", {}),
+        parse_words("", {}),
+    ):
         assert sum([bool(parsed.calls), parsed.answer is not None, bool(parsed.error)]) == 1
     for parsed in (parse_hermes("a"), parse_hermes(asking(city="Rome")), parse_hermes(" ")):
         assert sum([bool(parsed.calls), parsed.answer is not None, bool(parsed.error)]) == 1

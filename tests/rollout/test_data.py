@@ -118,12 +118,16 @@ def test_files_that_hold_no_rows_say_why(tmp_path: Path, name: str, content: byt
 
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path):
     write_lines(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(DataError, match=r'task.train.path: there is no file ".*trian.jsonl". Did you mean ".*/train.jsonl"'):
+    with pytest.raises(
+        DataError, match=r'task.train.path: there is no file ".*trian.jsonl". Did you mean ".*/train.jsonl"'
+    ):
         read_rows(DataConfig(path=str(tmp_path / "trian.jsonl")), "task.train")
 
 
 def test_a_named_dataset_needs_its_split():
-    with pytest.raises(ConfigError, match=r'task.eval.path="openai/gsm8k" does not end in .jsonl.*Give task.eval.split'):
+    with pytest.raises(
+        ConfigError, match=r'task.eval.path="openai/gsm8k" does not end in .jsonl.*Give task.eval.split'
+    ):
         read_rows(DataConfig(path="openai/gsm8k"), "task.eval")
 
 
@@ -133,11 +137,19 @@ def test_a_named_dataset_needs_its_split():
 @pytest.mark.parametrize(
     ("row", "task", "message"),
     [
-        ({"quetsion": "x", "answer": "y"}, {}, r'rows.jsonl line 2: there is no column "question".*task.columns.question=quetsion'),
+        (
+            {"quetsion": "x", "answer": "y"},
+            {},
+            r'rows.jsonl line 2: there is no column "question".*task.columns.question=quetsion',
+        ),
         ({"question": "x"}, {}, 'line 2: there is no column "answer" to take the answer from; the row has question'),
-        ({"question": " ", "answer": "y"}, {}, "line 2: column \"question\" is \"' '\", not a question"),
+        ({"question": " ", "answer": "y"}, {}, 'line 2: column "question" is "\' \'", not a question'),
         ({"question": "x", "answer": ["y"]}, {}, "line 2: the answer is .*neither text nor a number"),
-        ({"question": "x", "answer": "y"}, {"answer_pattern": "(Q)"}, r'line 1: task.answer_pattern="\(Q\)" does not occur'),
+        (
+            {"question": "x", "answer": "y"},
+            {"answer_pattern": "(Q)"},
+            r'line 1: task.answer_pattern="\(Q\)" does not occur',
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_line(tmp_path: Path, row: Any, task: Any, message: str):
@@ -147,7 +159,9 @@ def test_a_row_that_cannot_be_used_is_named_by_line(tmp_path: Path, row: Any, ta
 
 def test_prompts_that_fill_the_context_are_counted_and_refused(tmp_path: Path):
     rows = [*ROWS, {"question": "x" * 600, "answer": "y"}, {"question": "x" * 700, "answer": "y"}]
-    with pytest.raises(DataError, match=r"2 of 12 prompts have rollout.max_context_tokens=512 .*rows.jsonl line 12, has 7\d\d"):
+    with pytest.raises(
+        DataError, match=r"2 of 12 prompts have rollout.max_context_tokens=512 .*rows.jsonl line 12, has 7\d\d"
+    ):
         source(tmp_path, rows)
 
 

@@ -169,7 +169,7 @@ def test_words_fill_parameters_in_order_and_the_last_takes_the_rest():
         return relation + person
 
     tool = make_tool(office)
-    assert tool.arguments_from_words("boss Anna Reed".split()) == {"relation": "boss", "person": "Anna Reed"}
+    assert tool.arguments_from_words(["boss", "Anna", "Reed"]) == {"relation": "boss", "person": "Anna Reed"}
     assert tool.arguments_from_words(["boss"]) == {"relation": "boss"}
     assert tool.problem(tool.arguments_from_words(["boss"])) == 'office needs the argument "person"'
 
@@ -265,7 +265,9 @@ def test_a_function_that_cannot_be_described_says_what_to_add(function: Any, mes
 
 def test_tools_are_loaded_from_files_by_name_and_names_must_differ(tmp_path: Path):
     file = tmp_path / "mine.py"
-    file.write_text('def find(query: str) -> str:\n    """Find.\n\n    Args:\n        query: What.\n    """\n    return query\n')
+    file.write_text(
+        'def find(query: str) -> str:\n    """Find.\n\n    Args:\n        query: What.\n    """\n    return query\n'
+    )
     tools = load_tools([f"{file}:find", "rollout.envs.hop_search:office"])
     assert list(tools) == ["find", "office"]
     assert asyncio.run(tools["find"].call({"query": "x"}, {}, 1.0)).text == "x"

@@ -20,7 +20,7 @@ VOCABULARY = 40
 
 @dataclass
 class PairedTree:
-    """A tree and, for each step of each trajectory, a weight and an advantage: what trees are flattened into elsewhere."""
+    """A tree and, for each step of each trajectory, a weight and an advantage."""
 
     tree: Tree
     pairs: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, tied: bool = True, 
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights behind transformers' own eager attention, which knows nothing of trees."""
+    """The same weights behind transformers' own causal attention ("eager" would round its softmax to float32)."""
     plain = copy.deepcopy(model)
-    plain.set_attn_implementation("eager")
+    plain.set_attn_implementation("sdpa")
     return plain

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from policy_trees import PairedTree, forests
@@ -51,9 +53,9 @@ def token_parents(forest: list[PairedTree]) -> list[int]:
     """Index of the token before each token on its path, read off the trajectories."""
     batch = pack([each.credit() for each in forest])
     parent = [-1] * len(batch.input_ids_T)
-    for start, stop in zip(batch.traj_ptr, batch.traj_ptr[1:], strict=False):
+    for start, stop in pairwise(batch.traj_ptr):
         path = batch.traj_index_P[start:stop].tolist()
-        for before, token in zip(path, path[1:], strict=False):
+        for before, token in pairwise(path):
             parent[token] = before
     return parent
 

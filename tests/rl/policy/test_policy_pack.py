@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_padding_is_seen_by_nobody_and_sees_only_itself():
 @given(forests())
 def test_trajectories_of_the_pack_are_the_paths_of_the_trees(forest: list[PairedTree]):
     batch = pack([each.credit() for each in forest])
-    starts = zip(batch.traj_ptr, batch.traj_ptr[1:], strict=False)
+    starts = pairwise(batch.traj_ptr)
     packed = [batch.input_ids_T[batch.traj_index_P[start:stop]].tolist() for start, stop in starts]
     paths = [each.tree.path_ids(leaf) for each in forest for leaf in sorted({leaf for _, leaf in each.pairs})]
     assert sorted(packed) == sorted(paths)
@@ -165,5 +166,5 @@ def test_each_trajectory_is_in_exactly_one_shard(paired_tree: PairedTree):
 
 
 def test_a_budget_without_room_is_refused():
-    with pytest.raises(ConfigError, match="learner.pack_tokens=0"):
+    with pytest.raises(ConfigError, match=r"learner\.pack_tokens=0"):
         plan_packs([], 0)

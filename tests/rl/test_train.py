@@ -1,0 +1,140 @@
+"""Whole runs by the command a user types: real Ray, real vLLM, the embedded task."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rl.record import read_trees
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+
+SMALL = [
+    "experiment=hop_search",
+    "run.eval_prompts=16",
+    "run.eval_every_steps=2",
+    "run.checkpoint_every_steps=2",
+    "rollout.prompts_per_step=4",
+    "model.warm_start.num_steps=60",
+]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def command(room: Path, name: str, *overrides: str) -> list[str]:
+    places = [f"run.dir={room / name}", f"model.warm_start.cache_dir={room / 'warm_start'}"]
+    return [sys.executable, "-m", "rl.cli", "train", *SMALL, *places, *overrides]
+
+
+def train(room: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(room, name, *overrides), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(room: Path) -> Path:
+    train(room, "whole", f"run.num_steps={STEPS}")
+    return room / "whole"
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "seconds", "per_second", "cached")
+    return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
+
+
+@pytest.mark.timeout(600)
+def test_a_run_leaves_everything_a_reader_needs(whole: Path):
+    files = {"config.yaml", "metrics.jsonl", "curve.png", "report.html", "summary.json"}
+    assert {each.name for each in whole.iterdir()} >= files | {"trees", "checkpoints", "logs", "wandb"}
+    summary = json.loads((whole / "summary.json").read_text())
+    for key in ("success_before", "success_after", "generated_tokens", "trained_tokens", "seconds", "versions"):
+        assert summary[key] is not None, key
+    assert set(summary["stage_seconds"]) >= {"grow", "score", "credit", "update", "publish", "eval", "checkpoint"}
+    assert summary["steps"] == STEPS and 0 < summary["trained_tokens"] <= summary["generated_tokens"]
+
+
+def test_recorded_trees_hold_the_path_law_the_versions_and_the_credit(whole: Path):
+    tokenizer = AutoTokenizer.from_pretrained(whole / "checkpoints" / f"step_{STEPS:06d}" / "model")
+    for step in range(1, STEPS + 1):
+        for recorded in read_trees(whole / "trees" / f"step_{step:06d}.jsonl.gz"):
+            tree = recorded.tree
+            assert {node.version for node in tree.nodes} == {step - 1}
+            for leaf in tree.trained_leaves():
+                shown = [tree.prompt.question]
+                for row in tree.path(leaf):
+                    shown += [tree.nodes[row].action_text, tree.nodes[row].observation_text]
+                    assert recorded.total(row) is not None
+                # words are tokens here, so the text can be encoded again to check the ids
+                assert tokenizer(" ".join(filter(None, shown[:-1]))).input_ids == tree.path_ids(leaf)
+
+
+def test_the_checkpoint_is_an_ordinary_model_folder(whole: Path):
+    model = AutoModelForCausalLM.from_pretrained(whole / "checkpoints" / f"step_{STEPS:06d}" / "model")
+    assert model.config.architectures == ["Qwen3ForCausalLM"]
+
+
+def test_no_key_is_written_to_disk(whole: Path):
+    text = (whole / "config.yaml").read_text()
+    assert "API_KEY" not in text and os.environ.get("HOME", "?") + "/.netrc" not in text
+
+
+@pytest.mark.timeout(600)
+def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_bit(whole: Path, room: Path):
+    train(room, "halves", "run.num_steps=2")
+    train(room, "halves", f"run.num_steps={STEPS}", "run.resume=true")
+    assert metrics(room / "halves")[3:] == metrics(whole)[3:]
+    for name, value in weights(whole, STEPS).items():
+        assert torch.equal(value, weights(room / "halves", STEPS)[name]), name
+    with (
+        gzip.open(whole / "trees" / "step_000003.jsonl.gz") as a,
+        gzip.open(room / "halves" / "trees" / "step_000003.jsonl.gz") as b,
+    ):
+        assert (
+            json.loads(a.readline())["scored"]["tree"]["prompt"] == json.loads(b.readline())["scored"]["tree"]["prompt"]
+        )
+
+
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(room: Path):
+    process = subprocess.Popen(
+        command(room, "stopped", "run.num_steps=500", "run.checkpoint_every_steps=0", "run.eval_every_steps=0"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = room / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, output[-3000:]
+    assert "saved step" in output and "run.resume=true" in output
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    (stored,) = (room / "stopped" / "checkpoints").iterdir()
+    step = int(stored.name.removeprefix("step_"))
+    train(room, "stopped", f"run.num_steps={step + 1}", "run.resume=true")
+    assert json.loads((room / "stopped" / "summary.json").read_text())["steps"] == step + 1
