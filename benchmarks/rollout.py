@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def pool_seconds(
     from rollout.pool import RolloutPool
 
     prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).batch(0, num_prompts)
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     pool = RolloutPool(cfg, model_path, log_dir)
     seconds: dict[str, list[float]] = {}
     requests: dict[str, Any] = {}

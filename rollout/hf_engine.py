@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,9 +32,9 @@ class TransformersEngine:
     def __init__(self, cfg: Config, model_path: str) -> None:
         self.version = 0
         self._max_batch = cfg.rollout.max_running_requests
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, cfg.model.dtype))
-        self._model = model.to(self._device).eval()
+        self._model: Any = model.to(self._device).eval()
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
 
@@ -103,7 +104,7 @@ class TransformersEngine:
 
     async def load_weights(self, path: str, version: int) -> None:
         """Copy a safetensors file into the live model; there is no cache to drop."""
-        tensors = load_file(path, device=self._device)
+        tensors = load_file(path, device=str(self._device))
         missing, unexpected = self._model.load_state_dict(tensors, strict=False)
         tied = set(getattr(self._model, "all_tied_weights_keys", None) or {})
         assert not unexpected and set(missing) <= tied, f"weights do not fit: {unexpected or missing}"

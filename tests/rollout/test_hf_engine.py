@@ -18,7 +18,8 @@ CONTEXT = [3, 1, 4, 1, 5]
 def tiny(seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=11, head_dim=8, intermediate_size=32, initializer_range=0.5, **sizes))
+    sizes |= {"vocab_size": 11, "head_dim": 8, "intermediate_size": 32}
+    return Qwen3ForCausalLM(Qwen3Config(initializer_range=0.5, **sizes))
 
 
 @pytest.fixture(scope="module")
