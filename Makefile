@@ -18,8 +18,8 @@ TORCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# CUDA's lock where a driver answers, the CPU's elsewhere. Each has its own stamp: a second `make` installs nothing, and a
-# folder that moves from a laptop to a GPU node is installed anew.
+# CUDA's lock where a driver answers, the CPU's elsewhere. Each has its own stamp: a second `make` installs nothing, and
+# a folder that moves from a laptop to a GPU node is installed anew.
 KIND := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(KIND)
 
@@ -38,9 +38,11 @@ $(STAMP): pyproject.toml tools/install.sh $(wildcard requirements/*.txt)
 	@touch $@
 
 demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
-	@if [ -e "$(RUN)" ]; then old="$(RUN)-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN)" "$$old"; echo "an earlier run is kept in $$old"; fi
+	@if [ -e "$(RUN)" ]; then \
+	    old="$(RUN)-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN)" "$$old"; echo "an earlier run is kept in $$old"; \
+	fi
 	@$(BIN)/grove train experiment=hop_search seed=$(SEED) $(OVERRIDES)
-	@echo "Open $(RUN)/report.html in a browser: the curve, the settings, and one tree with every step's reward and credit."
+	@echo "Open $(RUN)/report.html: the curve, the settings, and one tree with the reward and credit of each step."
 
 test: install ## run all tests; those that need a CUDA device are skipped without one
 	@$(PYTEST) $(ARGS)

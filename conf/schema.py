@@ -130,7 +130,7 @@ class WarmStartConfig:
     batch_size: int = 32
     learning_rate: float = 2e-3
     num_demonstrations: int = 4000
-    first_try_share: float = 0.5
+    first_try_share: float = 0.25
     """Chance that a demonstration tries the right tool first: below 1 the demonstrations are of mixed quality."""
     num_threads: int = 2
     """Torch threads of the warm start."""

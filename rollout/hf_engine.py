@@ -33,8 +33,8 @@ class TransformersEngine:
         self.version = 0
         self._max_batch = cfg.rollout.max_running_requests
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, cfg.model.dtype))
-        self._model: Any = model.to(self._device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, cfg.model.dtype))
+        self._model = model.to(self._device).eval()
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
 

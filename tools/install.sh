@@ -29,7 +29,8 @@ find_python() {
 
 make_venv() {
     local python
-    if [ -e "$venv" ] && ! compgen -G "$venv/.installed-$kind" >/dev/null && compgen -G "$venv/.installed-*" >/dev/null; then
+    # The CPU and the CUDA build of vLLM install the same folder, so one cannot be put over the other.
+    if [ ! -e "$venv/.installed-$kind" ] && compgen -G "$venv/.installed-*" >/dev/null; then
         say "$venv was installed for another kind of machine; making it anew"
         rm -rf "$venv"
     fi
@@ -37,8 +38,8 @@ make_venv() {
         return
     fi
     if ! python=$(find_python); then
-        say "no ${PYTHON:-python3.11 or python3.12} that runs and has the venv module was found on PATH, and Grove's pinned" >&2
-        say "wheels exist for these two versions only. Install one (e.g. apt-get install python3.11-venv), or name it:" >&2
+        say "found no ${PYTHON:-python3.11 or python3.12} that runs, is Python 3.11 or 3.12, and has venv. The pinned" >&2
+        say "wheels are for these two versions. Install one (e.g. apt-get install python3.11-venv) or name one:" >&2
         say "make install PYTHON=/path/to/python3.12" >&2
         exit 1
     fi
@@ -68,8 +69,8 @@ install_packages() {
     pip_install --no-deps --no-build-isolation --editable .
 }
 
-# pip would compile on one core, and without bytecode each of a run's processes spends 12 s more on its imports. Left out are
-# large parts that a run does not import; a file that does not compile is a template or for another Python.
+# pip would compile on one core, and without bytecode each process of a run spends 12 s more on its imports. Left out
+# are large parts that a run does not import; a file that does not compile is a template or for another Python.
 compile_bytecode() {
     local skip='/tests?/|/transformers/models/(?!auto|llama|qwen)|/ray/(data|rllib|serve|train|tune)/'
     say "compiling bytecode"
@@ -92,8 +93,8 @@ if sys.argv[1] == "cpu":
             "Install it (apt-get install libnuma1, dnf install numactl-libs), then run make again."
         )
     if torch.version.cuda:
-        print("grove: this torch is the CUDA build, which runs on a CPU too but takes 3.6 GB more. For the CPU build set TORCH_ARGS")
-        print("grove: to PyTorch's CPU wheel index: make clean install TORCH_ARGS='--extra-index-url ...'")
+        print("grove: this torch is the CUDA build, which runs on a CPU too but takes 3.6 GB more. For the CPU build name")
+        print("grove: PyTorch's CPU wheel index: make clean install TORCH_ARGS='--extra-index-url ...'")
 elif not torch.cuda.is_available():
     sys.exit(
         f"grove: nvidia-smi answers but torch {torch.__version__} finds no CUDA device: the driver is older than "
