@@ -38,7 +38,7 @@ make_venv() {
         return
     fi
     if ! python=$(find_python); then
-        say "found no ${PYTHON:-python3.11 or python3.12} that runs, is Python 3.11 or 3.12, and has venv. The pinned" >&2
+        say "found no ${PYTHON:-python3.11 or python3.12} that runs, is 3.11 or 3.12, and has venv. The pinned" >&2
         say "wheels are for these two versions. Install one (e.g. apt-get install python3.11-venv) or name one:" >&2
         say "make install PYTHON=/path/to/python3.12" >&2
         exit 1
@@ -93,7 +93,7 @@ if sys.argv[1] == "cpu":
             "Install it (apt-get install libnuma1, dnf install numactl-libs), then run make again."
         )
     if torch.version.cuda:
-        print("grove: this torch is the CUDA build, which runs on a CPU too but takes 3.6 GB more. For the CPU build name")
+        print("grove: this torch is the CUDA build, which runs on a CPU and takes 3.6 GB more. For the CPU one name")
         print("grove: PyTorch's CPU wheel index: make clean install TORCH_ARGS='--extra-index-url ...'")
 elif not torch.cuda.is_available():
     sys.exit(
