@@ -23,7 +23,7 @@ def report(name: str, title: str, rows: Sequence[Row]) -> None:
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
-    Console(width=None).print(table)
+    Console(width=max(Console().width, 140)).print(table)
     OUT.mkdir(exist_ok=True)
     machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
     text = json.dumps({"title": title, "machine": machine, "rows": list(rows)}, indent=2)

@@ -109,7 +109,7 @@ class RunConfig:
     eval_every_steps: int = 10
     """Held-out evaluation each so many steps, and always before the first and after the last; 0 for only those two."""
     eval_prompts: int = 256
-    """Held-out prompts in one evaluation, one trajectory each."""
+    """Held-out prompts in one evaluation, one trajectory each; 0 for no evaluation."""
     eval_temperature: float = 1.0
     """Sampling temperature of the evaluation."""
     checkpoint_every_steps: int = 20
@@ -215,7 +215,7 @@ class TaskConfig:
     eval: DataConfig = field(default_factory=DataConfig)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     answer_pattern: str = ""
-    """Regular expression whose last match's first group is the reference answer inside the answer column; "" takes all."""
+    """Regular expression; the first group of its last match in the answer column is the answer. "" takes all of it."""
     system_prompt: str = ""
     tools: list[str] = field(default_factory=list)
     """Plain typed Python functions, as "file.py:function" or "package.module:function"."""

@@ -199,7 +199,7 @@ class Run:
         every = self.cfg.run.eval_every_steps
         step = self.state.step
         due = step == 0 or not self.goes_on() or (every and step % every == 0)
-        if not due or self.state.evaluated_step == step:
+        if not due or self.state.evaluated_step == step or not self.cfg.run.eval_prompts:
             return
         self._metrics = {}
         with self._stage("eval"):

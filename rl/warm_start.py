@@ -76,8 +76,7 @@ def _check(cfg: Config) -> None:
     if cfg.task.generator != "hop_search":
         raise ConfigError(
             f'model.path is empty but task.generator="{cfg.task.generator}" makes no demonstrations to warm-start a '
-            "tiny "
-            "model on: give model.path a checkpoint folder or hub name, or use task=hop_search."
+            "tiny model on: give model.path a checkpoint folder or hub name, or use task=hop_search."
         )
     settings = cfg.model.warm_start
     for name in ("num_steps", "batch_size", "num_demonstrations", "num_threads"):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,8 @@ class ToolTemplate:
         """Raises: ConfigError for a tokenizer without a chat template, or with one that knows no tool messages."""
         self._tokenizer = tokenizer
         require_chat_template(tokenizer)
+        # Few replies are new ones (an error, a common answer), and rendering costs more than all the rest of a turn.
+        self._tail_ids = lru_cache(maxsize=4096)(self._encoded_tail)
         self.closing_ids = self._encode(self._tail([], add_generation_prompt=False))
         """Tokens with which the template closes an assistant turn."""
 
@@ -116,16 +119,17 @@ class ToolTemplate:
         if "GROVE-TOOL-RESULT" not in shown:
             raise ConfigError(
                 f'The chat template of "{self._tokenizer.name_or_path}" leaves out messages with role "tool": the '
-                "policy "
-                "would never see what a tool returned. Use a model that was trained to call tools, or give its "
-                "tokenizer "
-                "a chat template that renders them."
+                "policy would never see what a tool returned. Use a model that was trained to call tools, or give "
+                "its tokenizer a chat template that renders them."
             )
 
     def observation_ids(self, results: Sequence[str], action_ids: Sequence[int]) -> list[int]:
         """Tokens between `action_ids` and the next turn's first token, one tool message per result."""
-        tail_ids = self._encode(self._tail(results, add_generation_prompt=True))
+        tail_ids = self._tail_ids(tuple(results))
         return tail_ids[self._num_sampled(tail_ids, action_ids) :]
+
+    def _encoded_tail(self, results: tuple[str, ...]) -> list[int]:
+        return self._encode(self._tail(results, add_generation_prompt=True))
 
     def _num_sampled(self, tail_ids: list[int], action_ids: Sequence[int]) -> int:
         longest = min(len(self.closing_ids), len(action_ids))
@@ -142,16 +146,15 @@ class ToolTemplate:
         except Exception as error:  # jinja's own errors, and whatever the template raises on purpose
             raise ConfigError(
                 f'The chat template of "{self._tokenizer.name_or_path}" does not render a tool message after an '
-                "assistant "
-                f"turn ({error}): the policy could not be shown what a tool returned. Use a model that was trained to "
-                "call tools, or give its tokenizer a chat template that renders them."
+                f"assistant turn ({error}): the policy could not be shown what a tool returned. Use a model that was "
+                "trained to call tools, or give its tokenizer a chat template that renders them."
             ) from error
         _, found, tail = str(text).partition(MARK)
         if not found:
             raise ConfigError(
                 f'The chat template of "{self._tokenizer.name_or_path}" changes or drops the assistant\'s text, so '
-                "what "
-                "follows a turn cannot be told. Give the tokenizer a template that renders message.content as it is."
+                "what follows a turn cannot be told. Give the tokenizer a template that renders message.content as "
+                "it is."
             )
         return tail
 
@@ -164,8 +167,8 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise ConfigError(
             f'The tokenizer of "{tokenizer.name_or_path}" has no chat template, so it is not known how this model '
-            "reads a "
-            "conversation. Use an instruction-tuned model, or save a chat_template.jinja beside its tokenizer."
+            "reads a conversation. Use an instruction-tuned model, or save a chat_template.jinja beside its "
+            "tokenizer."
         )
 
 
@@ -333,9 +336,8 @@ def call_budget(task: TaskConfig, data: Mapping[str, Any]) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
         raise ConfigError(
             f'task.columns.max_calls="{column}" is {budget!r} in a row with the columns {", ".join(data) or "none"}: '
-            "each row "
-            "must hold its number of tool calls, 0 or more, there. Correct the data, or leave it empty to use "
-            "task.max_calls."
+            "each row must hold its number of tool calls, 0 or more, there. Correct the data, or leave it empty to "
+            "use task.max_calls."
         )
     return budget
 

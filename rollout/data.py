@@ -155,8 +155,8 @@ def _read_named(data: DataConfig, key: str) -> StoredRows:
     if not data.split:
         raise ConfigError(
             f'{key}.path="{data.path}" does not end in {", ".join(FILE_KINDS)}, so it is taken for the name of a '
-            "dataset, and "
-            f"{key}.split says nothing. Give {key}.split=train (or what the split is called), or the path of a file."
+            f"dataset, and {key}.split says nothing. Give {key}.split=train (or what the split is called), or the "
+            "path of a file."
         )
     from datasets import load_dataset
 
@@ -165,9 +165,8 @@ def _read_named(data: DataConfig, key: str) -> StoredRows:
         dataset = load_dataset(name, configuration or None, split=data.split)
     except Exception as error:  # no network, no such name, no such split: the library raises a dozen classes
         raise DataError(
-            f'{key}.path="{data.path}", split "{data.split}" cannot be loaded ({type(error).__name__}: {error}). Check '
-            "name "
-            'and split; a dataset with several configurations is written "owner/name:configuration".'
+            f'{key}.path="{data.path}", split "{data.split}" cannot be loaded ({type(error).__name__}: {error}). '
+            'Check name and split; a dataset with several configurations is written "owner/name:configuration".'
         ) from error
     return StoredRows(dataset, lambda index: f"{data.path} {data.split} row {index}")  # type: ignore[arg-type]
 
@@ -301,10 +300,8 @@ def check_rows(rows: StoredRows, encoder: PromptEncoder) -> None:
     if too_long:
         raise DataError(
             f"{too_long} of {rows.num_rows} prompts have rollout.max_context_tokens={encoder.max_tokens} tokens or "
-            "more, which "
-            f"leaves no room for a reply; the longest, {rows.place(longest_index)}, has {longest}. Nothing is cut "
-            "silently: "
-            "raise rollout.max_context_tokens, or remove these rows."
+            f"more, which leaves no room for a reply; the longest, {rows.place(longest_index)}, has {longest}. "
+            "Nothing is cut silently: raise rollout.max_context_tokens, or remove these rows."
         )
 
 
@@ -381,8 +378,7 @@ def build_prompt_source(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Prom
     if not cfg.task.eval.path and cfg.run.eval_prompts:
         raise ConfigError(
             f"task.eval.path is empty but run.eval_prompts={cfg.run.eval_prompts}: progress is measured on questions "
-            "that are "
-            "never trained on. Give task.eval.path=test.jsonl, or run.eval_prompts=0 to measure nothing."
+            "that are never trained on. Give task.eval.path=test.jsonl, or run.eval_prompts=0 to measure nothing."
         )
     train = _checked_rows(cfg.task.train, "task.train", encoder)
     held_out = _checked_rows(cfg.task.eval, "task.eval", encoder) if cfg.task.eval.path else None
@@ -399,8 +395,7 @@ def _generated_rows(task: TaskConfig, seed: int) -> tuple[Rows, Rows]:
     if task.generator != "hop_search":
         raise ConfigError(
             f'task.generator="{task.generator}" is no task that makes its own questions; there is "hop_search". Use '
-            "it, or "
-            "leave task.generator empty and give task.train.path."
+            "it, or leave task.generator empty and give task.train.path."
         )
     _check_hop_tools(task.hop_search, task.tools)
     return HopSearchRows(task.hop_search, seed, "train"), HopSearchRows(task.hop_search, seed, "eval")
@@ -412,6 +407,5 @@ def _check_hop_tools(config: HopSearchConfig, tools: list[str]) -> None:
     if missing:
         raise ConfigError(
             f"task.hop_search.num_tools={config.num_tools} but task.tools lacks {missing[0]}: questions that need it "
-            "could not "
-            f"be answered. Give task.tools=[{','.join(wanted)}]."
+            f"could not be answered. Give task.tools=[{','.join(wanted)}]."
         )

@@ -17,13 +17,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from conf.errors import ConfigError, ToolError
 from conf.plugin import load_object
@@ -115,7 +117,7 @@ class Tool:
     async def call(self, arguments: Mapping[str, Any], data: Mapping[str, Any], timeout_s: float) -> ToolReply:
         """Check the arguments, run the function, and tell a refusal from a crash.
 
-        A plain function runs in a thread of its own, so that one slow call neither holds up the other trees nor the
+        A plain function runs in a thread, so that one slow call neither holds up the other trees nor the
         time limit. A thread cannot be killed: a call that hangs is given up after `timeout_s`, and its thread lives on,
         without any effect on the tree, until it returns or the process ends. A function that never releases the
         interpreter lock holds up everything. An `async` function runs on the event loop and is cancelled.
@@ -151,11 +153,9 @@ class Tool:
                 near = get_close_matches(name, list(data), n=1)
                 hint = f' Did you mean "{near[0]}"?' if near else ""
                 raise ConfigError(
-                    f'The tool {self.name} has the keyword-only parameter "{name}", which is filled from the column of '
-                    "that "
-                    f"name, but the row has only {', '.join(data) or 'no columns'}.{hint} Add the column to the data, "
-                    "give "
-                    "the parameter a default, or move it before the * so that the policy fills it."
+                    f'The tool {self.name} has the keyword-only parameter "{name}", which is filled from the column '
+                    f"of that name, but the row has only {', '.join(data) or 'no columns'}.{hint} Add the column to "
+                    "the data, give the parameter a default, or move it before the * so that the policy fills it."
                 )
         return {name: data[name] for name in self.columns if name in data}
 
@@ -175,9 +175,37 @@ async def _run_async(function: Callable[..., Any], arguments: dict[str, Any], ti
     return task.result()
 
 
+class _ToolThread:
+    """Makes one call at a time and is then used again: to start a thread for each call would cost more than the call.
+
+    One whose call hangs is left behind and never handed out, so hung calls cannot fill up a pool; daemons do not keep
+    the interpreter from exiting.
+    """
+
+    idle: ClassVar[deque[_ToolThread]] = deque()
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="tool", daemon=True).start()
+
+    def make(self, call: Callable[[], None]) -> None:
+        """Make `call`, then be idle."""
+        self._calls.put(call)
+
+    def _run(self) -> None:
+        while True:
+            self._calls.get()()
+            self.idle.append(self)
+
+
+def _idle_thread() -> _ToolThread:
+    try:
+        return _ToolThread.idle.pop()
+    except IndexError:
+        return _ToolThread()
+
+
 async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float) -> Any:
-    # One daemon thread per call, about 0.1 ms: a shared pool would fill up with hung calls, and the interpreter would
-    # wait for them before it could exit.
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -193,7 +221,7 @@ async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any]
         with suppress(RuntimeError):  # the loop was closed while the call hung: nobody waits any more
             loop.call_soon_threadsafe(settle, outcome)
 
-    threading.Thread(target=work, name=f"tool {function.__name__}", daemon=True).start()
+    _idle_thread().make(work)
     done, _ = await asyncio.wait({finished}, timeout=timeout_s)
     if not done:
         raise _TimeUpError
@@ -256,8 +284,7 @@ def make_tool(function: Callable[..., Any]) -> Tool:
     if not inspect.isfunction(function):
         raise ConfigError(
             f"task.tools: {function!r} is not a function, so it has no parameters to tell the policy about. Name a "
-            "function "
-            f"like:\n{EXAMPLE}"
+            f"function like:\n{EXAMPLE}"
         )
     told: list[inspect.Parameter] = []
     hidden: list[inspect.Parameter] = []
@@ -291,9 +318,8 @@ def _schema(function: Callable[..., Any], told: list[inspect.Parameter]) -> dict
         return get_json_schema(stub)
     except Exception as error:  # it raises classes of its own that it does not export, and NameError for a lost type
         raise ConfigError(
-            f"task.tools: {function.__name__} cannot be described to the policy ({error}). Give every parameter a type "
-            "and "
-            f"a line under Args in the docstring, like:\n{EXAMPLE}"
+            f"task.tools: {function.__name__} cannot be described to the policy ({error}). Give every parameter a "
+            f"type and a line under Args in the docstring, like:\n{EXAMPLE}"
         ) from error
 
 
@@ -310,8 +336,7 @@ def load_tools(specs: Sequence[str]) -> dict[str, Tool]:
         if tool.name in tools:
             raise ConfigError(
                 f'task.tools[{number}]="{spec}": there is already a tool called {tool.name}, and the policy calls '
-                "tools by "
-                "name. Rename one of the two functions."
+                "tools by name. Rename one of the two functions."
             )
         tools[tool.name] = tool
     return tools

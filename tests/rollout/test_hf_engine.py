@@ -74,9 +74,7 @@ def test_new_weights_take_effect_and_are_numbered(folder: Path, tmp_path: Path):
     asyncio.run(engine.load_weights(str(tmp_path / "new"), 4))
     (sampled,) = sample_all(engine, [(CONTEXT, Sampling(max_tokens=6, seed=0))])
     assert sampled.version == 4
-    torch.testing.assert_close(
-        torch.tensor(sampled.logprobs), logprobs(tiny(1).eval(), sampled), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(torch.tensor(sampled.logprobs), logprobs(tiny(1).eval(), sampled), rtol=1e-4, atol=1e-5)
 
 
 def test_top_p_draws_from_the_smallest_set_with_that_mass():
