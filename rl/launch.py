@@ -104,7 +104,8 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         stack.enter_context(_ray(cfg))
         share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
         engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
-        reward_actor = RewardActor.options(num_cpus=0, max_concurrency=1000).remote(cfg.rewards)
+        reward_log = str(log_dir / "reward_service.log")
+        reward_actor = RewardActor.options(num_cpus=0, max_concurrency=1000).remote(cfg.rewards, None, reward_log)
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = None
         if with_learner:

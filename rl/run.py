@@ -71,6 +71,7 @@ def opened_run(cfg: Config) -> Iterator[Run]:
         with progress.stage("model"):
             model_path = resolve_model(cfg, progress.warm_start)
         source = _prompt_source(cfg, model_path)
+        build_sources(cfg.rewards, source.batch(0, 1)[0].data.keys())  # now that the columns are known, by name
         tracker = Tracker(cfg.tracker, folder.path, cfg.run.name, settings(cfg))
         stack.callback(tracker.finish)
         with progress.stage("start"):
