@@ -28,7 +28,7 @@ def run(experiment: str, seed: int, overrides: list[str]) -> Path:
     """Folder of one finished run, training it first when it is not there yet."""
     folder = OUT / "methods" / f"{experiment}-seed{seed}"
     if not (folder / "summary.json").exists():
-        resume = (folder / "checkpoints").exists()
+        resume = folder.exists()
         command = [sys.executable, "-m", "rl.cli", "train", f"experiment={experiment}", f"seed={seed}"]
         command += [f"run.dir={folder}", f"run.resume={str(resume).lower()}", *overrides]
         subprocess.run(command, check=True)

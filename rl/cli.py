@@ -224,7 +224,13 @@ def _key_lines(words: list[str], config_dir: str) -> list[str]:
 def _print_summary(summary: Mapping[str, Any]) -> None:
     width = max(map(len, summary), default=0)
     for name, value in summary.items():
-        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+        print(f"{name:<{width}}  {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_lines(lines: list[str]) -> None:
