@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.checks import require_runnable
 from conf.schema import Config
+from rl.interrupts import uninterrupted
 from rl.run import opened_run
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ def train(cfg: Config) -> dict[str, Any]:
             trees = run.grow(prompts)
             scored = run.score(trees)
             credit = run.assign(scored)
-            run.update(scored, credit)
-            run.finish_step(scored, credit)
+            with uninterrupted():  # half an update is no state to save
+                run.update(scored, credit)
+                run.finish_step(scored, credit)
             run.evaluate_if_due()
         return run.finish()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from rl import checkpoint
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest, forest_of
 from rl.evaluate import evaluate, successes_of
+from rl.interrupts import terminate_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
 from rl.model import resolve_model
@@ -67,7 +67,7 @@ def opened_run(cfg: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(cfg))
         stack.callback(route_logs(folder.logs))
-        stack.enter_context(_terminate_as_interrupt())
+        stack.enter_context(terminate_as_interrupt())
         with progress.stage("model"):
             model_path = resolve_model(cfg, progress.warm_start)
         source = _prompt_source(cfg, model_path)
@@ -169,19 +169,17 @@ class Run:
         return credit
 
     def update(self, scored: list[ScoredTree], credit: Credit) -> None:
-        """Train on the trees and bring the new weights to the engines, in one piece: an interrupt waits."""
+        """Train on the trees and bring the new weights to the engines."""
         assert self._forest is not None and self._parts.publisher is not None, "credit was assigned in a training run"
         trees = tree_credits(scored, self._forest, credit)
-        with _uninterrupted():
-            with self._stage("update"):
-                self._metrics |= self._ask(
-                    self._parts.learner.update.remote(trees, self.state.step), f"update {self.state.step}"
-                )
-            self.state.step += 1
-            self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
-            self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
-            with self._stage("publish"):
-                self._metrics |= self._parts.publisher.publish(self.state.step, [each.tree for each in scored])
+        with self._stage("update"):
+            call = self._parts.learner.update.remote(trees, self.state.step)
+            self._metrics |= self._ask(call, f"update {self.state.step}")
+        self.state.step += 1
+        self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
+        self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
+        with self._stage("publish"):
+            self._metrics |= self._parts.publisher.publish(self.state.step, [each.tree for each in scored])
 
     def finish_step(self, scored: list[ScoredTree], credit: Credit) -> None:
         """Write the step's metrics and trees, and a checkpoint when one is due."""
@@ -237,7 +235,7 @@ class Run:
         """After an interrupt or an error: save what the last finished step left, if the learner still answers."""
         if self.state.step == self._checkpointed_step or isinstance(error, CheckpointError):
             return
-        with _uninterrupted():
+        with uninterrupted():
             try:
                 self.checkpoint()
             except Exception as lost:
@@ -309,34 +307,3 @@ def advantage_tables(forest: Forest, credit: Credit, num_trees: int) -> list[Adv
         for prompt, row, value in zip(forest.prompt_N.tolist(), forest.row_N.tolist(), value_N.tolist(), strict=True):
             tables[prompt].setdefault(row, {})[name] = value
     return tables
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold an interrupt back until the block is through: half an update is no state to save."""
-    came: list[int] = []
-    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in _INTERRUPTS}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """A scheduler's SIGTERM gets the checkpoint that Ctrl-C gets."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
