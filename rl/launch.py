@@ -125,6 +125,7 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
 
 @contextlib.contextmanager
 def _ray(cfg: Config) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless the user asks for it
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": False}
     if cfg.cluster.address:
         ray.init(address=cfg.cluster.address, **options)
