@@ -19,7 +19,13 @@ from typing import Any
 
 from benchmarks.tables import OUT, Row, report
 
-EXPERIMENTS = ("hop_search", "hop_search_grpo", "hop_search_long", "hop_search_long_grpo")
+EXPERIMENTS = (
+    "hop_search",
+    "hop_search_grpo",
+    "hop_search_long",
+    "hop_search_long_steps",
+    "hop_search_long_grpo",
+)
 GOALS = {"hop_search": 0.85, "hop_search_grpo": 0.85}
 """Success whose token cost is reported; 0.5 on the long task."""
 
@@ -63,9 +69,20 @@ def row(experiment: str, folders: list[Path]) -> Row:
         "after_by_seed": " ".join(f"{each['success_after']:.2f}" for each in summaries),
         "goal": goal,
         "k_tokens_to_goal": " ".join("never" if each is None else f"{each / 1000:.0f}" for each in reached),
+        "mean_k_tokens_to_goal": statistics.fmean(each or 0.0 for each in reached) / 1000 if all(reached) else None,
         "k_tokens": statistics.fmean(each["generated_tokens"] for each in summaries) / 1000,
         "seconds": statistics.fmean(each["seconds"] for each in summaries),
     }
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """`ratio`: tokens that GRPO needs to the goal over tokens that the recipe needs, where both got there each time."""
+    needed = {each["name"]: each["mean_k_tokens_to_goal"] for each in rows}
+    for each in rows:
+        baseline = needed.get("hop_search_long_grpo" if "_long" in each["name"] else "hop_search_grpo")
+        own = each["mean_k_tokens_to_goal"]
+        each["ratio"] = baseline / own if baseline and own else None
+    return rows
 
 
 def main() -> None:
@@ -79,7 +96,8 @@ def main() -> None:
         experiment: [run(experiment, seed, options.overrides) for seed in options.seeds]
         for experiment in options.experiments
     }
-    report("methods", "success on held-out questions", [row(name, runs) for name, runs in folders.items()])
+    rows = [row(name, runs) for name, runs in folders.items()]
+    report("methods", "success on held-out questions", with_ratios(rows))
 
 
 if __name__ == "__main__":

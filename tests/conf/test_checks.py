@@ -61,7 +61,10 @@ def only(cfg: Config, *, fatal: bool = True) -> str:
 # Together
 
 
-@pytest.mark.parametrize("name", ["hop_search", "hop_search_grpo", "hop_search_long", "hop_search_long_grpo"])
+SHIPPED = ["hop_search", "hop_search_grpo", "hop_search_long", "hop_search_long_steps", "hop_search_long_grpo"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_experiments_have_no_problem_and_no_warning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert problems(compose([f"experiment={name}", "rollout.num_workers=1"])) == []

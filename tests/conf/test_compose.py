@@ -51,7 +51,7 @@ def test_grpo_differs_from_the_demo_only_in_what_makes_it_grpo(demo: Config):
     assert (grpo.learner, grpo.loss, grpo.task, grpo.model) == (demo.learner, demo.loss, demo.task, demo.model)
 
 
-@pytest.mark.parametrize("name", ["hop_search_long", "hop_search_long_grpo"])
+@pytest.mark.parametrize("name", ["hop_search_long", "hop_search_long_steps", "hop_search_long_grpo"])
 def test_long_variant_has_room_for_five_hops(name: str):
     cfg = compose([f"experiment={name}"])
     assert cfg.task.hop_search.hops == [5]

@@ -26,7 +26,7 @@ from rl.completion import candidates
         ),
         (["train", "run.resume="], ["run.resume=true", "run.resume=false"]),
         (["train", "rollout=ch"], ["rollout=chains"]),
-        (["train", "experiment=hop_search_l"], ["experiment=hop_search_long", "experiment=hop_search_long_grpo"]),
+        (["train", "experiment=hop_search_g"], ["experiment=hop_search_grpo"]),
         (["train", "rewards.so"], ["rewards.sources."]),
         (["train", "rewards.sources.mine.w"], ["rewards.sources.mine.weight="]),
         (["train", "credit.terms.mine.scope=s"], ["credit.terms.mine.scope=siblings"]),

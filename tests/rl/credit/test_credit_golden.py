@@ -149,7 +149,17 @@ def test_tree_step_on_the_balanced_tree():
     assert per_node(forest, credit.w0_N, tree) == dict.fromkeys(["a", "a1", "a2", "b", "b1", "b2"], 1.0)
 
 
+def test_chain_step_is_tree_step_without_the_fork():
+    tree = balanced(steps={"a": 1.0, "a1": 1.0, "a2": -1.0, "b": 0.0, "b1": 0.0, "b2": 0.0})
+    forest, credit = credit_of(recipe("chain_step"), tree)
+    # step a2: its trajectory earns -.5643 and the step itself -1.6734, as worked out above
+    assert per_node(forest, credit.advantage_N, tree)["a2"] == close(-0.5643 - 1.6734)
+    assert set(credit.parts) == {"trajectory", "step"}
+
+
 def test_tree_step_is_the_recipe_that_trains_a_shared_step_once():
-    rules = {name: recipe(name).shared_token_weight for name in ("grpo", "portool", "tree_grpo", "tree_step")}
+    rules = {
+        name: recipe(name).shared_token_weight for name in ("grpo", "portool", "tree_grpo", "tree_step", "chain_step")
+    }
     assert rules.pop("tree_step") is TokenWeight.unique
     assert set(rules.values()) == {TokenWeight.per_leaf}
