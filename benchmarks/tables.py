@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,13 @@ def report(name: str, title: str, rows: Sequence[Row]) -> None:
         table.add_row(*(_shown(row.get(column)) for column in columns))
     Console(width=max(Console().width, 140)).print(table)
     OUT.mkdir(exist_ok=True)
+    peak_mib = {
+        "this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "largest child": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+    }
+    print("peak resident memory, MiB:", ", ".join(f"{name} {size:,}" for name, size in peak_mib.items()))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
-    text = json.dumps({"title": title, "machine": machine, "rows": list(rows)}, indent=2)
+    text = json.dumps({"title": title, "machine": machine, "peak_mib": peak_mib, "rows": list(rows)}, indent=2)
     (OUT / f"{name}.json").write_text(text + "\n")
 
 

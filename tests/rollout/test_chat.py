@@ -251,7 +251,7 @@ def hop_environment() -> ToolEnvironment:
     return build_environment(hop_config(), tiny_tokenizer())
 
 
-def test_a_hop_walked_with_the_right_tools_is_answered_in_the_prototypes_tokens():
+def test_a_hop_walked_with_the_right_tools_is_answered_in_few_tokens():
     row = HopSearchRows(hop_config().task.hop_search, 0, "train").row(0)
     world = parse_world(row["world"])
     calls = [
