@@ -1,37 +1,42 @@
-"""Ctrl-C and a scheduler's SIGTERM, at moments when there is a state to save."""
+"""Ctrl-C, a scheduler's SIGTERM and a lost terminal's SIGHUP, at moments when there is a state to save."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold an interrupt back until the block is through, then raise KeyboardInterrupt. Main thread only."""
     came: list[int] = []
-    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in INTERRUPTS}
-    try:
+    with _handled(INTERRUPTS, came.append):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
     if came:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that a preempted run leaves the checkpoint that Ctrl-C leaves."""
+def end_as_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, so that a preempted run leaves the checkpoint that Ctrl-C leaves."""
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(number: int) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    with _handled((signal.SIGTERM, signal.SIGHUP), interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(signals: Iterable[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
+    # nohup and a shell's `&` have signals ignored on purpose, and so they stay
+    heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, lambda number, _: handler(number)) for each in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, former in before.items():
+            signal.signal(each, former)

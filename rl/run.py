@@ -18,7 +18,7 @@ from rl import checkpoint
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest, forest_of
 from rl.evaluate import evaluate, successes_of
-from rl.interrupts import terminate_as_interrupt, uninterrupted
+from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
 from rl.model import resolve_model
@@ -67,7 +67,7 @@ def opened_run(cfg: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(cfg))
         stack.callback(route_logs(folder.logs))
-        stack.enter_context(terminate_as_interrupt())
+        stack.enter_context(end_as_interrupt())
         with progress.stage("model"):
             model_path = resolve_model(cfg, progress.warm_start)
         source = _prompt_source(cfg, model_path)

@@ -5,14 +5,14 @@ import signal
 
 import pytest
 
-from rl.interrupts import terminate_as_interrupt, uninterrupted
+from rl.interrupts import end_as_interrupt, uninterrupted
 
 
 def tell_myself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_waits_until_the_block_is_through(number: int):
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
@@ -34,6 +34,16 @@ def test_an_error_inside_the_block_is_not_hidden_by_the_interrupt():
         raise ValueError("broken")
 
 
-def test_a_schedulers_sigterm_is_an_interrupt():
-    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
-        tell_myself(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_scheduler_and_a_lost_terminal_interrupt(number: int):
+    with pytest.raises(KeyboardInterrupt), end_as_interrupt():
+        tell_myself(number)
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with end_as_interrupt(), uninterrupted():
+            tell_myself(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
