@@ -143,11 +143,6 @@ class MetricsLog:
         self.rows = _merged([*self.rows[-1:], row], onto=self.rows[:-1])
         return self.rows[-1]
 
-    def latest(self, name: str, default: float = 0.0) -> float:
-        """The newest value of a metric, e.g. the generated tokens a resumed run goes on counting from."""
-        values = (row[name] for row in reversed(self.rows) if row.get(name) is not None)
-        return next(values, default)
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, one per step, oldest first; a last line that a killed run left half written is dropped.

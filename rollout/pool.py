@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from conf.errors import WaitTimeout, WorkerLost
 from conf.schema import Config, RolloutConfig
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampled, Sampling
-from rollout.waiting import wait_all, wait_some
+from rollout.waiting import value_of, wait_all, wait_some
 from rollout.worker import start_worker
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class RolloutPool:
                 if ref not in worker.trees:
                     continue  # lost with its worker a moment ago, and handed out again
                 try:
-                    tree = ray.get(ref)
+                    tree = value_of(ref)
                 except RayActorError as error:
                     waiting.extendleft(self._replace(worker, str(error).splitlines()[0]))
                     continue
@@ -167,6 +167,12 @@ class RolloutPool:
             raise WorkerLost(
                 f"a rollout worker died while loading the model ({str(error).splitlines()[0]}). "
                 f"Its log is in {self._log_dir}."
+            ) from error
+        except RayTaskError as error:
+            raise WorkerLost(
+                f'the {self._cfg.rollout.engine.value} engine cannot load "{self._model_path}" ({error.cause!r}), so '
+                f"no worker can sample. Its log is in {self._log_dir}; if this engine does not serve the model, try "
+                "rollout.engine=transformers."
             ) from error
 
     def worker_pids(self) -> list[int]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
-from conf.errors import WaitTimeout
+from conf.errors import GroveError, WaitTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,21 @@ def wait_all(refs: Sequence[ray.ObjectRef[Any]], *, limit_s: float, what: str) -
     while waiting:
         left_s = max(0.1, limit_s - (time.monotonic() - started))
         ready = wait_some(waiting, limit_s=left_s, what=f"{what} ({len(waiting)} of {len(refs)} left)")
-        ray.get(ready)
+        for ref in ready:
+            value_of(ref)
         waiting = [ref for ref in waiting if ref not in ready]
-    return ray.get(list(refs))
+    return [value_of(ref) for ref in refs]
+
+
+def value_of(ref: ray.ObjectRef[Any]) -> Any:
+    """Value of a ref that is ready.
+
+    Raises: what the call raised; one of Grove's own errors as it was raised, without Ray's account of where, since its
+    message is written for the user.
+    """
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, GroveError):
+            raise error.cause from error
+        raise
