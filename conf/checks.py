@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from conf import check_credit, check_machine
+from conf import check_credit, check_learner, check_machine
 from conf.compose import numbered
 from conf.errors import ConfigError
 from conf.problem import Problem, value_of
-from conf.schema import Config, ExpanderKind
+from conf.schema import Config, ExpanderKind, LossKind
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ AT_LEAST_ONE = (
     "rollout.tensor_parallel_size",
     "rewards.num_processes",
     "learner.mini_batches",
+    "learner.epochs",
+    "learner.num_processes",
     "learner.pack_tokens",
     "learner.num_threads",
     "cluster.object_store_mib",
@@ -61,6 +63,10 @@ ABOVE_ZERO = (
     "learner.learning_rate",
     "learner.max_grad_norm",
     "learner.update_timeout_s",
+    "loss.critic.learning_rate",
+    "loss.critic.max_grad_norm",
+    "loss.correction_max",
+    "model.lora.alpha",
     "learner.canary_max_logprob_gap",
     "model.warm_start.learning_rate",
     "model.tiny.initializer_range",
@@ -83,6 +89,12 @@ NOT_NEGATIVE = (
     "loss.dual_clip",
     "loss.kl_coef",
     "loss.entropy_coef",
+    "loss.horizon_tokens",
+    "loss.correction_min",
+    "loss.critic.warmup_steps",
+    "loss.critic.value_coef",
+    "loss.critic.clip",
+    "model.lora.rank",
     "learner.warmup_steps",
     "learner.weight_decay",
     "learner.canary_samples",
@@ -90,6 +102,8 @@ NOT_NEGATIVE = (
     "model.warm_start.num_steps",
 )
 SHARES = (
+    "credit.gae.gamma",
+    "credit.gae.lam",
     "rewards.max_failed_share",
     "task.max_tool_crashes_share",
     "rollout.gpu_memory_share",
@@ -139,7 +153,7 @@ def rules() -> list[Rule]:
         tiny_heads_fit,
         term_numbers,
     ]
-    return [*own, *check_machine.rules(), *check_credit.rules()]
+    return [*own, *check_machine.rules(), *check_learner.rules(), *check_credit.rules()]
 
 
 def numbers_are_in_range(cfg: Config) -> list[Problem]:
@@ -260,7 +274,7 @@ def samples_what_it_trains(cfg: Config) -> list[Problem]:
 def clips_are_sane(cfg: Config) -> list[Problem]:
     """A ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     loss, found = cfg.loss, []
-    if loss.clip_low >= 1:
+    if loss.clip_low >= 1 and loss.kind is not LossKind.cispo:  # whose weights need no lower bound
         found.append(
             Problem(
                 f"loss.clip_low={loss.clip_low} puts the lower bound of the ratio, 1 - clip_low, at 0 or below, where "

@@ -61,6 +61,8 @@ class Scope(Enum):
     """As `prompt`, within one of the prompt's M trees (`Node.branch`)."""
     siblings = "siblings"
     """Steps that continue the same step."""
+    batch = "batch"
+    """As `prompt`, within all prompts of the step's batch."""
 
 
 class Normalizer(Enum):
@@ -69,6 +71,8 @@ class Normalizer(Enum):
     none = "none"
     center = "center"
     zscore = "zscore"
+    leave_one_out = "leave_one_out"
+    """Less the mean of the others (RLOO)."""
 
 
 class Singleton(Enum):
@@ -84,6 +88,119 @@ class TokenWeight(Enum):
     per_leaf = "per_leaf"
     sqrt_leaf = "sqrt_leaf"
     unique = "unique"
+
+
+class Layout(Enum):
+    """How a micro-batch of trees goes through the model. All compute the same log-probs and gradients."""
+
+    auto = "auto"
+    """flex on a GPU, segments on a CPU; trajectories for a model that a packed tree cannot train exactly."""
+    flex = "flex"
+    """Packed, FlexAttention with a block table: the fastest on a GPU; has no backward on a CPU."""
+    segments = "segments"
+    """Packed, one attention call for each group of forkless runs over their ancestors and themselves: any device."""
+    varlen = "varlen"
+    """Packed, variable-length flash attention over gathered keys: a GPU without a compiler."""
+    mask = "mask"
+    """Packed, with the whole mask written out: a reference, its cost grows with the square of the pack."""
+    trajectories = "trajectories"
+    """Every trajectory a sequence of its own: the reference, and for models that no packed tree can train exactly."""
+    depth_first = "depth_first"
+    """One step at a time, activations computed again on the way back: least memory; one process only."""
+
+
+class LossKind(Enum):
+    """The policy loss."""
+
+    ppo_clip = "ppo_clip"
+    """PPO with separate clips below and above, and optional dual clip (arXiv 1707.06347, 2503.14476, 1912.09729)."""
+    cispo = "cispo"
+    """REINFORCE weighted by the clipped ratio, which carries no gradient (arXiv 2506.13585)."""
+    gspo = "gspo"
+    """PPO with one ratio per trajectory, the geometric mean of its tokens' (arXiv 2507.18071)."""
+    reinforce = "reinforce"
+    """-advantage * log-probability, without any ratio."""
+    custom = "custom"
+    """A function of yours, named by loss.fn, on the log-probabilities of each trajectory."""
+
+
+class Aggregation(Enum):
+    """How the tokens' losses of a mini-batch become one number."""
+
+    token_mean = "token_mean"
+    """Mean over trained tokens (DAPO)."""
+    seq_mean_token_mean = "seq_mean_token_mean"
+    """Mean over trajectories of the mean over their tokens (GRPO, GSPO)."""
+    seq_mean_token_sum = "seq_mean_token_sum"
+    """Mean over trajectories of the sum over their tokens."""
+    seq_mean_token_sum_norm = "seq_mean_token_sum_norm"
+    """The same, divided by loss.horizon_tokens (Dr.GRPO)."""
+
+
+class KlEstimator(Enum):
+    """How KL(policy || reference) is estimated in the loss, from d = log policy - log reference."""
+
+    k1 = "k1"
+    """d: unbiased as a value; its gradient is 0 in expectation."""
+    k2 = "k2"
+    """d^2 / 2: its gradient is that of the reverse KL."""
+    k3 = "k3"
+    """exp(-d) + d - 1: unbiased and never negative."""
+    abs = "abs"
+    """|d|."""
+    k1_plus = "k1_plus"
+    """The value of k1 with the gradient of k2."""
+    k3_plus = "k3_plus"
+    """The value of k3 with the gradient of k2."""
+
+
+class OldLogprobs(Enum):
+    """What the ratio of the policy loss is taken against."""
+
+    engine = "engine"
+    """What the engine said when it sampled. The ratio then holds the mismatch of engine and learner too."""
+    recompute = "recompute"
+    """The learner's own, one more forward pass before the first update of a step."""
+
+
+class Correction(Enum):
+    """Importance weight exp(learner - engine) of the sampled tokens, against the mismatch of the two."""
+
+    none = "none"
+    token_truncate = "token_truncate"
+    """Each token's weight, cut to [min, max] (TIS)."""
+    token_mask = "token_mask"
+    """Each token's weight, 0 outside [min, max] (MIS, IcePop)."""
+    sequence_truncate = "sequence_truncate"
+    """One weight for a trajectory, the product over its tokens, cut to [min, max]."""
+    sequence_mask = "sequence_mask"
+    """One weight for a trajectory, 0 outside [min, max]."""
+
+
+class CriticKind(Enum):
+    """What predicts the value of a state."""
+
+    none = "none"
+    value_head = "value_head"
+    """A linear layer on the policy's own last hidden state."""
+    model = "model"
+    """A model of its own, with its own optimiser."""
+
+
+class GaeLevel(Enum):
+    """What one step of generalised advantage estimation is."""
+
+    off = "off"
+    step = "step"
+    token = "token"
+
+
+class OptimizerKind(Enum):
+    """Which optimiser."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    """Moments in 8 bits, a quarter of the memory."""
 
 
 class TrackerMode(Enum):
@@ -155,13 +272,26 @@ class TinyModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters instead of the whole model (arXiv 2106.09685), by peft. Engines get the merged weights."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole model."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the layers that get adapters, e.g. [q_proj, v_proj]; all-linear is every linear layer but the output."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The policy."""
 
     path: str = ""
     """Folder or hub name of a Hugging Face causal LM; "" makes and warm-starts the task's tiny model."""
     dtype: str = "float32"
-    """Weights of learner and engine: float32, bfloat16 or float16."""
+    """What engine and learner compute in: float32, bfloat16 or float16."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
@@ -346,18 +476,62 @@ class TermConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class GaeConfig:
+    """Generalised advantage estimation on the tree, with a critic (arXiv 1506.02438)."""
+
+    level: GaeLevel = GaeLevel.off
+    """step: one value per step; token: one per sampled token."""
+    signals: dict[str, SignalUse] = field(default_factory=dict)
+    """Rewards: step signals count at the end of their step, trajectory signals at the end of the trajectory."""
+    gamma: float = 1.0
+    """Discount per step or token."""
+    lam: float = 0.95
+    """1 is Monte-Carlo, 0 trusts the critic alone."""
+    whiten: bool = True
+    """Advantages of the batch to mean 0 and deviation 1, each token once."""
+
+
+@dataclass(kw_only=True, slots=True)
 class CreditConfig:
-    """How scores become advantages."""
+    """How scores become advantages: the sum of the terms, plus what generalised advantage estimation gives."""
 
     name: str = ""
     terms: dict[str, TermConfig] = field(default_factory=dict)
+    whiten: bool = False
+    """The terms' sum to mean 0 and deviation 1 over the batch's tokens, each as often as it counts in the loss."""
+    gae: GaeConfig = field(default_factory=GaeConfig)
     shared_token_weight: TokenWeight = TokenWeight.per_leaf
 
 
 @dataclass(kw_only=True, slots=True)
-class LossConfig:
-    """PPO-clip on the tree."""
+class CriticConfig:
+    """The value function of PPO."""
 
+    kind: CriticKind = CriticKind.none
+    path: str = ""
+    """kind=model: folder or hub name it starts from; "" for the policy's own first weights."""
+    learning_rate: float = 1e-5
+    """kind=model, and the value head of kind=value_head."""
+    warmup_steps: int = 0
+    """First steps of the run in which the critic alone learns."""
+    value_coef: float = 0.5
+    """kind=value_head: weight of the value loss beside the policy loss."""
+    clip: float = 0.2
+    """The value loss earns nothing by moving further than this from the old value; 0 for none."""
+    max_grad_norm: float = 1.0
+    """kind=model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """What is minimised."""
+
+    kind: LossKind = LossKind.ppo_clip
+    fn: str = ""
+    """kind=custom: the function, as "file.py:name" or "package.module:name"."""
+    aggregation: Aggregation = Aggregation.token_mean
+    horizon_tokens: int = 0
+    """aggregation=seq_mean_token_sum_norm: the constant that sums are divided by; 0 is rollout.max_context_tokens."""
     clip_low: float = 0.2
     """Lower clip of the ratio: 1 - clip_low."""
     clip_high: float = 0.28
@@ -365,26 +539,43 @@ class LossConfig:
     dual_clip: float = 0.0
     """Upper bound of the ratio where the advantage is negative; 0 for none."""
     kl_coef: float = 0.0
-    """Weight of the k3 estimate of KL(policy || reference), in the loss; 0 loads no reference."""
+    """Weight of the KL to the first weights, in the loss; 0 for none."""
+    kl_estimator: KlEstimator = KlEstimator.k3
     entropy_coef: float = 0.0
+    old_logprobs: OldLogprobs = OldLogprobs.engine
+    correction: Correction = Correction.none
+    """Needs old_logprobs=recompute: against the engine's log-probs the ratio itself holds the mismatch."""
+    correction_min: float = 0.0
+    correction_max: float = 2.0
+    critic: CriticConfig = field(default_factory=CriticConfig)
 
 
 @dataclass(kw_only=True, slots=True)
 class LearnerConfig:
-    """The optimiser and how batches are cut."""
+    """The optimiser, how batches are cut, and over how many processes."""
 
     learning_rate: float = 5e-4
     warmup_steps: int = 10
+    optimizer: OptimizerKind = OptimizerKind.adamw
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mini_batches: int = 2
-    """Optimiser updates per step; prompts are cut whole."""
+    """Optimiser updates in one pass over a step's prompts, which are cut whole."""
+    epochs: int = 1
+    """Passes over the same trees."""
     pack_tokens: int = 8192
     """Unique tokens of one forward pass."""
+    layout: Layout = Layout.auto
     gradient_checkpointing: bool = False
+    num_processes: int = 1
+    """Processes that share the model by FSDP2, each with its own packs; one GPU each where there are GPUs."""
+    weights_dtype: str = "float32"
+    """Weights and moments of the optimiser; float32 keeps small updates that bfloat16 would round away."""
+    offload: bool = False
+    """Weights, gradients and moments wait in the host's memory (GPU only)."""
     num_threads: int = 2
-    """Torch threads of the learner on CPU."""
+    """Torch threads of each learner process on CPU."""
     update_timeout_s: float = 3600.0
     """Longest one update may take."""
     canary_samples: int = 4

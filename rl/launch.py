@@ -35,6 +35,7 @@ class GpuShare:
 
     per_worker: float
     learner: float
+    """For each learner process."""
     memory_share: float
     """Share of its GPU's memory that one engine may take."""
 
@@ -44,20 +45,19 @@ def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
 
     Raises: ConfigError when a tensor-parallel engine would have to share.
     """
-    rollout = cfg.rollout
+    rollout, processes = cfg.rollout, cfg.learner.num_processes
     if num_gpus == 0:
         return GpuShare(0, 0, rollout.gpu_memory_share)
-    if num_gpus >= rollout.num_workers * rollout.tensor_parallel_size + 1:
+    needed = rollout.num_workers * rollout.tensor_parallel_size + processes
+    if num_gpus >= needed:
         return GpuShare(rollout.tensor_parallel_size, 1, rollout.gpu_memory_share)
-    if rollout.tensor_parallel_size > 1:
-        needed = rollout.num_workers * rollout.tensor_parallel_size + 1
+    if rollout.tensor_parallel_size > 1 or processes > 1:
         raise ConfigError(
             f"rollout.num_workers={rollout.num_workers} engines of rollout.tensor_parallel_size="
-            f"{rollout.tensor_parallel_size} and a learner need {needed} GPUs, and there are {num_gpus:g}: an engine "
-            "that spans GPUs cannot share them. Lower either."
+            f"{rollout.tensor_parallel_size} and learner.num_processes={processes} need {needed} GPUs, and there are "
+            f"{num_gpus:g}: what spans GPUs cannot share them. Lower either."
         )
-    parts = rollout.num_workers + 1
-    parts_per_gpu = -(-parts // int(num_gpus))
+    parts_per_gpu = -(-needed // int(num_gpus))
     return GpuShare(1 / parts_per_gpu, 1 / parts_per_gpu, rollout.gpu_memory_share / parts_per_gpu)
 
 

@@ -38,6 +38,8 @@ class Forest:
     """int64, 1 for a first step."""
     num_leaves_N: Tensor
     """int64, trained trajectories through the node."""
+    num_actions_N: Tensor
+    """int64, sampled tokens of the node; T of all nodes together."""
     leaf_node_L: Tensor
     """int64, row in this forest of the step that ended the trajectory."""
     prompt_L: Tensor
@@ -52,6 +54,9 @@ class Forest:
     """signal -> bool [N], where a source failed or timed out; False where it was scored or had nothing to say."""
     leaf_signals: dict[str, Tensor]
     """signal -> float64 [L], NaN where it was not scored."""
+    value_T: Tensor | None = None
+    """float64 [T], what the critic said of the state before each sampled token, nodes one after the other; None without
+    a critic (`rl.credit.measured`)."""
 
 
 @dataclass(slots=True)
@@ -63,6 +68,7 @@ class _Rows:
     row: list[int] = field(default_factory=list)
     branch: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
+    num_actions: list[int] = field(default_factory=list)
     leaf_node: list[int] = field(default_factory=list)
     pair_node: list[int] = field(default_factory=list)
     pair_leaf: list[int] = field(default_factory=list)
@@ -91,6 +97,7 @@ def forest_of(scored: list[ScoredTree]) -> Forest:
         branch_N=branch_N,
         depth_N=depth_N,
         num_leaves_N=pair_node_P.bincount(minlength=len(nodes)),
+        num_actions_N=_ids(rows.num_actions),
         leaf_node_L=leaf_node_L,
         prompt_L=prompt_N[leaf_node_L],
         branch_L=branch_N[leaf_node_L],
@@ -117,6 +124,7 @@ def _add_tree(rows: _Rows, prompt: int, scored: ScoredTree, branch_ids: dict[tup
         rows.row.append(row)
         rows.branch.append(branch_ids.setdefault((prompt, node.branch), len(branch_ids)))
         rows.depth.append(depth_of[row])
+        rows.num_actions.append(len(node.action_ids))
     for path in paths:
         rows.pair_node.extend(place[row] for row in path)
         rows.pair_leaf.extend(len(rows.leaf_node) for _ in path)

@@ -12,6 +12,8 @@ from rl.credit.shapes import check_shapes, require_scored
 
 _ROUNDING_STEPS = 64
 """Gaps below so many units in the last place of the group's largest value are rounding of the mean."""
+_WHITEN_EPS = 1e-8
+"""Added to the variance, as the trainers that descend from verl do."""
 
 
 def group_ids(forest: Forest, level: Level, scope: Scope) -> Tensor:
@@ -27,14 +29,18 @@ def group_ids(forest: Forest, level: Level, scope: Scope) -> Tensor:
             return forest.branch_N
         case Level.step, Scope.siblings:
             return sibling_groups(forest.parent_N, forest.prompt_N)
+        case Level.step, Scope.batch:
+            return torch.zeros_like(forest.prompt_N)
         case Level.trajectory, Scope.prompt:
             return forest.prompt_L
         case Level.trajectory, Scope.tree:
             return forest.branch_L
+        case Level.trajectory, Scope.batch:
+            return torch.zeros_like(forest.prompt_L)
         case _:
             raise ConfigError(
                 f"a credit term has level={level.value} and scope={scope.value}: siblings are steps that continue the "
-                f"same step, so whole trajectories have none. Use level=step, or scope=prompt or scope=tree."
+                f"same step, so whole trajectories have none. Use level=step, or scope=prompt, tree or batch."
             )
 
 
@@ -71,7 +77,7 @@ def centered(value_N: Tensor, valid_N: Tensor, group_N: Tensor) -> Tensor:
     gap_N = torch.where(valid_N, x_N - mean_F[group_N], 0)
     largest_F = torch.zeros_like(mean_F).scatter_reduce(0, group_N, x_N.abs(), "amax")
     # 0.1 + 0.1 + 0.1 is not 3 * 0.1: divided by a tiny deviation, what is left would look like an advantage.
-    rounding_F = largest_F * torch.finfo(value_N.dtype).eps * _ROUNDING_STEPS
+    rounding_F = _rounding(largest_F)
     return torch.where(gap_N.abs() > rounding_F[group_N], gap_N, 0)
 
 
@@ -100,6 +106,18 @@ def zscore(
     return gap_N / torch.where(scale_F > 0, scale_F, 1)[group_N]
 
 
+def left_one_out(value_N: Tensor, valid_N: Tensor, group_N: Tensor) -> Tensor:
+    """How much better each value is than the mean of the others of its group; RLOO (arXiv 2402.14740).
+
+    A_n = x_n - mean{ x_m : m valid, in n's group, m != n } = count / (count - 1) * (x_n - mean)
+
+    Args, returns and errors as `centered`; a value alone in its group gets 0.
+    """
+    gap_N = centered(value_N, valid_N, group_N)
+    count_F = _group_count(valid_N, group_N)
+    return gap_N * (count_F / (count_F - 1).clamp(min=1))[group_N]
+
+
 def normalized(value_N: Tensor, valid_N: Tensor, group_N: Tensor, term: TermConfig) -> Tensor:
     """Compare each value with its group the way a term says.
 
@@ -118,9 +136,51 @@ def normalized(value_N: Tensor, valid_N: Tensor, group_N: Tensor, term: TermConf
             advantage_N = centered(value_N, valid_N, group_N)
         case Normalizer.zscore:
             advantage_N = zscore(value_N, valid_N, group_N, ddof=term.ddof, eps=term.eps, min_std=term.min_std)
+        case Normalizer.leave_one_out:
+            advantage_N = left_one_out(value_N, valid_N, group_N)
     alone_N = valid_N & (_group_count(valid_N, group_N)[group_N] == 1)
     lone_value_N = value_N if term.singleton is Singleton.raw else torch.zeros_like(value_N)
     return torch.where(alone_N, lone_value_N, advantage_N)
+
+
+def whitened(value_N: Tensor, weight_N: Tensor) -> Tensor:
+    """All values to mean 0 and deviation 1, each counted as often as its weight says.
+
+    A_n = (x_n - mean) / sqrt(var + 1e-8), var = sum w (x - mean)^2 / (sum w - 1)
+
+    Args:
+        value_N: float [N]; here N counts whatever is compared.
+        weight_N: float [N], how often each value counts; 0 leaves it out.
+    Returns: float [N], without unit; 0 where left out, where all values are equal, and for a single count, of which the
+        deviation is not known.
+    Raises: ShapeError; UnscoredNode when a value that counts is not finite.
+    """
+    check_shapes(value_N=value_N, weight_N=weight_N)
+    counts_N = weight_N > 0
+    require_scored(value_N, counts_N)
+    gap_N = torch.where(counts_N, value_N - weighted_mean(value_N, weight_N), 0)
+    return gap_N * inverse_deviation(value_N, weight_N)
+
+
+def weighted_mean(value_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Mean of the values that count, a scalar; 0 where none does. Arguments as `whitened`."""
+    total = weight_N.sum()
+    return (torch.where(weight_N > 0, value_N, 0) * weight_N).sum() / torch.where(total > 0, total, 1)
+
+
+def inverse_deviation(value_N: Tensor, weight_N: Tensor) -> Tensor:
+    """What `whitened` multiplies with, a scalar; 0 where there is no deviation to speak of. Arguments as `whitened`."""
+    x_N = torch.where(weight_N > 0, value_N, 0)
+    gap_N = torch.where(weight_N > 0, x_N - weighted_mean(value_N, weight_N), 0)
+    freedom = weight_N.sum() - 1
+    if not len(x_N) or freedom <= 0 or gap_N.abs().max() <= _rounding(x_N.abs().max()):
+        return x_N.new_zeros(())
+    return ((weight_N * gap_N.square()).sum() / freedom + _WHITEN_EPS).rsqrt()
+
+
+def _rounding(largest: Tensor) -> Tensor:
+    """Gaps that may be nothing but the rounding of a mean of values up to `largest`."""
+    return largest * torch.finfo(largest.dtype).eps * _ROUNDING_STEPS
 
 
 def _num_groups(group_N: Tensor) -> int:

@@ -1,7 +1,8 @@
 """Who sees whom in a pack: all of it follows from `end_T`, one integer per token.
 
 `end_T[k]` is one past the last token of the subtree below token k in depth-first order, so token q sees token k exactly
-if k <= q < end_T[k].
+if k <= q < end_T[k]. In a layer with a sliding window of W tokens it must also be less than W tokens above q on the path,
+which counts q itself, as transformers' own sliding windows do.
 """
 
 from __future__ import annotations
@@ -10,16 +11,58 @@ import torch
 from torch import Tensor
 
 
-def ancestor_mask(end_T: Tensor) -> Tensor:
+def ancestor_mask(end_T: Tensor, window: int | None = None) -> Tensor:
     """The whole mask, written out: the reference that faster forms are tested against.
 
     Args:
         end_T: int64 [T].
+        window: tokens of its own path that a token sees, itself included; None for all.
     Returns: bool [T, T], row q is True at the tokens that q sees, itself included.
     """
     index_T = torch.arange(len(end_T), device=end_T.device)
     query_T1 = index_T[:, None]
-    return (index_T <= query_T1) & (query_T1 < end_T)
+    seen_TT = (index_T <= query_T1) & (query_T1 < end_T)
+    if window is not None:
+        depth_T = depths(end_T)
+        seen_TT &= depth_T[:, None] - depth_T < window
+    return seen_TT
+
+
+def depths(end_T: Tensor) -> Tensor:
+    """Tokens before each token on its own path, int64 [T]: all tokens before it but those whose subtrees have ended.
+
+    Equal to `PackedBatch.position_T`.
+    """
+    index_T = torch.arange(len(end_T), device=end_T.device)
+    return index_T - torch.searchsorted(end_T.sort().values, index_T, right=True)
+
+
+def block_table(end_T: Tensor, block: int = 128, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """Which square blocks of the mask hold anything, and which are seen whole, without writing the mask out.
+
+    Of each block of keys the largest and the smallest end are enough: a block of queries below it sees some of it if it
+    starts before the largest, and all of it if it stops at or before the smallest. With a window the depths' extremes
+    bound the distances, so a block may be called partial that holds nothing; none that holds something is left out.
+
+    Args:
+        end_T: int64 [T]; T is a multiple of `block`.
+        block: tokens on a side.
+        window: see `ancestor_mask`.
+    Returns: (seen_BB, whole_BB), bool [T / block, T / block], rows are blocks of queries; whole blocks are seen ones too.
+    """
+    assert len(end_T) % block == 0, "packs for a block table are padded to whole blocks"
+    end_BN = end_T.view(-1, block)
+    index_B = torch.arange(len(end_BN), device=end_T.device)
+    start_B1 = index_B[:, None] * block
+    above_BB = index_B < index_B[:, None]
+    seen_BB = above_BB & (start_B1 < end_BN.amax(1))
+    whole_BB = above_BB & (start_B1 + block <= end_BN.amin(1))
+    seen_BB.fill_diagonal_(True)
+    if window is not None:
+        depth_BN = depths(end_T).view(-1, block)
+        seen_BB &= depth_BN.amin(1)[:, None] - depth_BN.amax(1) < window
+        whole_BB &= depth_BN.amax(1)[:, None] - depth_BN.amin(1) < window
+    return seen_BB, whole_BB
 
 
 def segments(end_T: Tensor) -> list[tuple[int, int]]:

@@ -6,8 +6,10 @@ in its own path, and an edge is one trained prediction: the row it is read from 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,30 @@ from rollout.tree import ROOT, Tree
 
 PAD_ID = 0
 """Token of the padding; any id would do, since nothing sees it and nothing is predicted from it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PathCredit:
+    """How one trajectory trains; what the sums of `TreeCredit` are made of."""
+
+    leaf: int
+    """Row of the step that ended it."""
+    advantage: list[float]
+    """Per step of `tree.path(leaf)`."""
+    weight: list[float]
+    """Per step of `tree.path(leaf)`; 0 where it trains nothing."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenCredit:
+    """What a critic makes of the action tokens; per row of the tree and action token, [] for rows without credit."""
+
+    advantage: list[list[float]]
+    """Added at the token to the advantage of every trajectory through it."""
+    value: list[list[float]]
+    """What the critic said of the state before the token, before this step's updates."""
+    target: list[list[float]]
+    """The return that the critic should have said."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,6 +56,12 @@ class TreeCredit:
     """Per row: sum of weight * min(advantage, 0), so never positive."""
     w0: list[float]
     """Per row: sum of weight; the step's share of the token mean, of the KL and of the entropy terms."""
+    paths: list[PathCredit] = field(default_factory=list)
+    """The trajectories one by one, for losses that need them; may be left out where the sums are enough."""
+    tokens: TokenCredit | None = None
+    """Only with a critic; needs `paths`."""
+    denominator: float = math.nan
+    """This tree's part of what the losses of a mini-batch are divided by; by default `total_weight()`, a token mean."""
 
     def __post_init__(self) -> None:
         num_nodes = len(self.tree.nodes)
@@ -40,6 +72,9 @@ class TreeCredit:
                     f"{name} has {length} weights but the tree of {self.tree.prompt.id!r} has {num_nodes} steps: "
                     "weights would land on other steps. Pass one weight per row of tree.nodes, 0 for untrained steps."
                 )
+        assert self.tokens is None or self.paths, "advantages of tokens add to those of the trajectories"
+        if math.isnan(self.denominator):
+            self.denominator = self.total_weight()
 
     def is_trained(self, row: int) -> bool:
         """True when the step has any weight."""
@@ -49,13 +84,44 @@ class TreeCredit:
         """Sum of w0 over trained tokens: this tree's part of the denominator of a mean over tokens."""
         return sum(weight * len(node.action_ids) for weight, node in zip(self.w0, self.tree.nodes, strict=True))
 
-    def only(self, rows: set[int]) -> TreeCredit:
+    def only_rows(self, rows: set[int]) -> TreeCredit:
         """The same tree with the weights of all other rows set to zero."""
+        assert not self.paths, "trajectories are kept whole: use `only_paths`"
 
         def kept(weights: list[float]) -> list[float]:
             return [weight if row in rows else 0.0 for row, weight in enumerate(weights)]
 
-        return TreeCredit(tree=self.tree, w_pos=kept(self.w_pos), w_neg=kept(self.w_neg), w0=kept(self.w0))
+        return replace(self, w_pos=kept(self.w_pos), w_neg=kept(self.w_neg), w0=kept(self.w0))
+
+    def only_paths(self, paths: list[PathCredit]) -> TreeCredit:
+        """The same tree trained by some of its trajectories alone."""
+        sums = [[0.0] * len(self.tree.nodes) for _ in range(3)]
+        for path in paths:
+            steps = zip(self.tree.path(path.leaf), path.advantage, path.weight, strict=True)
+            for row, advantage, weight in steps:
+                for total, part in zip(sums, (max(advantage, 0.0), min(advantage, 0.0), 1.0), strict=True):
+                    total[row] += weight * part
+        return replace(self, w_pos=sums[0], w_neg=sums[1], w0=sums[2], paths=paths)
+
+
+@dataclass(kw_only=True, slots=True)
+class PathTokens:
+    """Trained tokens trajectory by trajectory: M entries, a token in k trajectories k times; K trajectories."""
+
+    edge_M: Tensor
+    """int64 [M], the edge."""
+    path_M: Tensor
+    """int64 [M], the trajectory, from 0 to K - 1; entries of one trajectory are neighbours, in order."""
+    advantage_M: Tensor
+    """float64 [M], of this trajectory at this token."""
+    weight_M: Tensor
+    """float64 [M]."""
+    num_paths: int
+    """K; a trajectory that a pack holds is whole."""
+
+    def to(self, device: torch.device) -> PathTokens:
+        """The same on a device."""
+        return _moved(self, device)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,26 +140,47 @@ class PackedBatch:
     """int64 [E], index of the trained token itself."""
     edge_target_E: Tensor
     """int64 [E], id of the trained token."""
+    engine_logprob_E: Tensor
+    """float64 [E], log-probability that the engine gave the token when it sampled it, in nats."""
     old_logprob_E: Tensor
-    """float64 [E], log-probability when it was sampled, in nats."""
+    """float64 [E], what the ratio is taken against: the engine's, unless the learner computed its own."""
+    reference_logprob_E: Tensor | None = None
+    """float64 [E], of the frozen reference; None without one."""
     w_pos_E: Tensor
     """float64 [E], see `TreeCredit`."""
     w_neg_E: Tensor
     """float64 [E]."""
     w0_E: Tensor
     """float64 [E]."""
+    value_E: Tensor | None = None
+    """float64 [E], see `TokenCredit`; None without a critic."""
+    target_E: Tensor | None = None
+    """float64 [E]."""
+    paths: PathTokens | None = None
+    """None unless the trees came with their trajectories."""
     traj_index_P: Tensor
     """int64 [P], index in the pack of every token of every trajectory, trajectories one after the other."""
     traj_ptr: list[int]
     """Where each trajectory starts in traj_index_P; one more entry than trajectories."""
+    trained_steps: list[tuple[int, int]]
+    """(number of the tree, row) of each trained step, in the order of the edges."""
     num_tokens: int
     """T without padding."""
+    plan: Any = None
+    """What the attention of this pack needs; made by the layout at first use."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
-        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return _moved(self, device)
+
+
+Batch = TypeVar("Batch", PackedBatch, PathTokens)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    values = {spec.name: getattr(batch, spec.name) for spec in fields(batch)}
+    moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | PathTokens)}
+    return replace(batch, **moved)
 
 
 def pack(trees: Sequence[TreeCredit], pad_multiple: int = 1) -> PackedBatch:
@@ -170,12 +257,7 @@ class _Shape:
 
     def depth_first(self) -> list[int]:
         """Packed rows in the order they are laid out."""
-        rows: list[int] = []
-        stack = self.children[ROOT][::-1]
-        while stack:
-            rows.append(stack.pop())
-            stack += self.children[rows[-1]][::-1]
-        return rows
+        return _walk(self.children)
 
 
 def _shape(credit: TreeCredit) -> _Shape:
@@ -202,23 +284,60 @@ def _step_ids(tree: Tree, row: int, *, has_children: bool) -> list[int]:
 def _split(credit: TreeCredit, budget_tokens: int) -> list[TreeCredit]:
     if unique_tokens(credit) <= budget_tokens:
         return [credit] if _shape(credit).own else []
-    shape = _shape(credit)
-    prompt_tokens = len(credit.tree.prompt.token_ids)
+    return _split_paths(credit, budget_tokens) if credit.paths else _split_rows(credit, budget_tokens)
+
+
+def _split_rows(credit: TreeCredit, budget_tokens: int) -> list[TreeCredit]:
+    """A step that several shards hold is trained by the first of them and only context in the others."""
     shards: list[set[int]] = []
+    for paths in _shards(credit, _shape(credit).leaves(), budget_tokens):
+        rows = {row for leaf in paths for row in credit.tree.path(leaf)}
+        shards.append({row for row in rows if not any(row in shard for shard in shards)})
+    return [credit.only_rows(rows) for rows in shards]
+
+
+def _split_paths(credit: TreeCredit, budget_tokens: int) -> list[TreeCredit]:
+    """Every trajectory is trained whole, by one shard."""
+    live = {path.leaf: path for path in credit.paths if any(path.weight)}
+    leaves = [row for row in _depth_first(credit.tree) if row in live]
+    return [credit.only_paths([live[leaf] for leaf in shard]) for shard in _shards(credit, leaves, budget_tokens)]
+
+
+def _shards(credit: TreeCredit, leaves: list[int], budget_tokens: int) -> list[list[int]]:
+    """Neighbouring trajectories that fit the budget together, by their last rows; one above the budget is alone."""
+    own = _shape(credit).own
+    prompt_tokens = len(credit.tree.prompt.token_ids)
+    shards: list[list[int]] = []
     held: set[int] = set()
     used = 0
-    for leaf in shape.leaves():
-        path = credit.tree.path(leaf)
-        extra = sum(shape.own[row] for row in path if row not in held)
+    for leaf in leaves:
+        path = [row for row in credit.tree.path(leaf) if row in own]
+        extra = sum(own[row] for row in path if row not in held)
         if not shards or used + extra > budget_tokens:
-            shards.append(set())
+            shards.append([])
             held, used = set(), prompt_tokens
-            extra = sum(shape.own[row] for row in path)
+            extra = sum(own[row] for row in path)
         held.update(path)
         used += extra
-        # A step that several shards hold is trained by the first of them and only context in the others.
-        shards[-1].update(row for row in path if not any(row in shard for shard in shards[:-1]))
-    return [credit.only(rows) for rows in shards]
+        shards[-1].append(leaf)
+    return shards
+
+
+def _depth_first(tree: Tree) -> list[int]:
+    children: dict[int, list[int]] = {row: [] for row in range(ROOT, len(tree.nodes))}
+    for row, node in enumerate(tree.nodes):
+        children[node.parent].append(row)
+    return _walk(children)
+
+
+def _walk(children: dict[int, list[int]]) -> list[int]:
+    """Rows below ROOT, each before its children and these before its siblings."""
+    rows: list[int] = []
+    stack = children[ROOT][::-1]
+    while stack:
+        rows.append(stack.pop())
+        stack += children[rows[-1]][::-1]
+    return rows
 
 
 @dataclass(slots=True)
@@ -230,15 +349,25 @@ class _Layout:
     end: list[int] = field(default_factory=list)
     edge_row: list[int] = field(default_factory=list)
     edge_token: list[int] = field(default_factory=list)
-    old_logprob: list[float] = field(default_factory=list)
+    engine_logprob: list[float] = field(default_factory=list)
     w_pos: list[float] = field(default_factory=list)
     w_neg: list[float] = field(default_factory=list)
     w0: list[float] = field(default_factory=list)
+    value: list[float] = field(default_factory=list)
+    target: list[float] = field(default_factory=list)
+    path_edge: list[int] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)
+    path_advantage: list[float] = field(default_factory=list)
+    path_weight: list[float] = field(default_factory=list)
+    num_paths: int = 0
+    num_trees: int = 0
+    trained_steps: list[tuple[int, int]] = field(default_factory=list)
     traj_index: list[int] = field(default_factory=list)
     traj_ptr: list[int] = field(default_factory=lambda: [0])
 
     def add(self, credit: TreeCredit) -> None:
         """Append one tree."""
+        number, self.num_trees = self.num_trees, self.num_trees + 1
         shape = _shape(credit)
         if not shape.own:
             return
@@ -253,12 +382,20 @@ class _Layout:
         roots_tokens = sum(totals[row] for row in shape.children[ROOT])
         self._append(list(prompt_ids), position=0, end=start + len(prompt_ids) + roots_tokens)
         spans = {ROOT: (start, len(self.input_ids))}
+        first_edge: dict[int, int] = {}
         for row in shape.depth_first():
-            spans[row] = self._add_step(credit, row, spans[credit.tree.nodes[row].parent][1] - 1, shape, totals[row])
+            previous = spans[credit.tree.nodes[row].parent][1] - 1
+            spans[row] = self._add_step(credit, row, previous, shape, totals[row])
+            if credit.is_trained(row):
+                first_edge[row] = self._add_edges(credit, row, previous, spans[row][0])
+                self.trained_steps.append((number, row))
         for leaf in shape.leaves():
             for row in [ROOT, *credit.tree.path(leaf)]:
                 self.traj_index.extend(range(*spans[row]))
             self.traj_ptr.append(len(self.traj_index))
+        for path in credit.paths:
+            if any(path.weight):
+                self._add_path(credit, path, first_edge)
 
     def _add_step(
         self, credit: TreeCredit, row: int, previous: int, shape: _Shape, subtree_tokens: int
@@ -267,16 +404,44 @@ class _Layout:
         start = len(self.input_ids)
         token_ids = _step_ids(credit.tree, row, has_children=bool(shape.children[row]))
         self._append(token_ids, position=self.position[previous] + 1, end=start + subtree_tokens)
-        if credit.is_trained(row):
-            node = credit.tree.nodes[row]
-            num_actions = len(node.action_ids)
-            self.edge_row += [previous, *range(start, start + num_actions - 1)]
-            self.edge_token += range(start, start + num_actions)
-            self.old_logprob += node.action_logprobs
+        return start, len(self.input_ids)
+
+    def _add_edges(self, credit: TreeCredit, row: int, previous: int, start: int) -> int:
+        """Append the trained tokens of the step that starts at token `start`; returns their first edge."""
+        first, node = len(self.edge_row), credit.tree.nodes[row]
+        num_actions = len(node.action_ids)
+        self.edge_row += [previous, *range(start, start + num_actions - 1)]
+        self.edge_token += range(start, start + num_actions)
+        self.engine_logprob += node.action_logprobs
+        self.w0 += [credit.w0[row]] * num_actions
+        if credit.tokens is None:
             self.w_pos += [credit.w_pos[row]] * num_actions
             self.w_neg += [credit.w_neg[row]] * num_actions
-            self.w0 += [credit.w0[row]] * num_actions
-        return start, len(self.input_ids)
+        else:  # summed over the trajectories as they are added
+            self.w_pos += [0.0] * num_actions
+            self.w_neg += [0.0] * num_actions
+            self.value += credit.tokens.value[row]
+            self.target += credit.tokens.target[row]
+        return first
+
+    def _add_path(self, credit: TreeCredit, path: PathCredit, first_edge: dict[int, int]) -> None:
+        """Append the trained tokens of one trajectory, from its first step to its last."""
+        for row, advantage, weight in zip(credit.tree.path(path.leaf), path.advantage, path.weight, strict=True):
+            if not weight:
+                continue
+            num_actions = len(credit.tree.nodes[row].action_ids)
+            added = [0.0] * num_actions if credit.tokens is None else credit.tokens.advantage[row]
+            advantages = [advantage + extra for extra in added]
+            edges = range(first_edge[row], first_edge[row] + num_actions)
+            if credit.tokens is not None:
+                for edge, total in zip(edges, advantages, strict=True):
+                    self.w_pos[edge] += weight * max(total, 0.0)
+                    self.w_neg[edge] += weight * min(total, 0.0)
+            self.path_edge += edges
+            self.path += [self.num_paths] * num_actions
+            self.path_advantage += advantages
+            self.path_weight += [weight] * num_actions
+        self.num_paths += 1
 
     def _append(self, token_ids: list[int], position: int, end: int) -> None:
         self.input_ids += token_ids
@@ -288,20 +453,42 @@ class _Layout:
         num_tokens = len(self.input_ids)
         for index in range(num_tokens, num_tokens + -num_tokens % pad_multiple):
             self._append([PAD_ID], position=0, end=index + 1)
-        input_ids_T = torch.tensor(self.input_ids, dtype=torch.int64)
-        edge_token_E = torch.tensor(self.edge_token, dtype=torch.int64)
+        input_ids_T, edge_token_E = _ids(self.input_ids), _ids(self.edge_token)
+        engine_logprob_E = _floats(self.engine_logprob)
         return PackedBatch(
             input_ids_T=input_ids_T,
-            position_T=torch.tensor(self.position, dtype=torch.int64),
-            end_T=torch.tensor(self.end, dtype=torch.int64),
-            edge_row_E=torch.tensor(self.edge_row, dtype=torch.int64),
+            position_T=_ids(self.position),
+            end_T=_ids(self.end),
+            edge_row_E=_ids(self.edge_row),
             edge_token_E=edge_token_E,
             edge_target_E=input_ids_T[edge_token_E],
-            old_logprob_E=torch.tensor(self.old_logprob, dtype=torch.float64),
-            w_pos_E=torch.tensor(self.w_pos, dtype=torch.float64),
-            w_neg_E=torch.tensor(self.w_neg, dtype=torch.float64),
-            w0_E=torch.tensor(self.w0, dtype=torch.float64),
-            traj_index_P=torch.tensor(self.traj_index, dtype=torch.int64),
+            engine_logprob_E=engine_logprob_E,
+            old_logprob_E=engine_logprob_E,
+            w_pos_E=_floats(self.w_pos),
+            w_neg_E=_floats(self.w_neg),
+            w0_E=_floats(self.w0),
+            value_E=_floats(self.value) if self.value else None,
+            target_E=_floats(self.target) if self.target else None,
+            paths=self._paths() if self.num_paths else None,
+            traj_index_P=_ids(self.traj_index),
             traj_ptr=self.traj_ptr,
+            trained_steps=self.trained_steps,
             num_tokens=num_tokens,
         )
+
+    def _paths(self) -> PathTokens:
+        return PathTokens(
+            edge_M=_ids(self.path_edge),
+            path_M=_ids(self.path),
+            advantage_M=_floats(self.path_advantage),
+            weight_M=_floats(self.path_weight),
+            num_paths=self.num_paths,
+        )
+
+
+def _ids(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _floats(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

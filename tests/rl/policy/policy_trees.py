@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from rl.policy.attention import ATTENTION_NAME, register_tree_attention
+from rl.policy.layouts.attention import ATTENTION_NAME, register_tree_attention
 from rl.policy.pack import TreeCredit
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +14,7 @@ from trees import parse_tree, row_of
 
 from conf.errors import ConfigError, DataError, ShapeError
 from rl.policy.mask import ancestor_mask
-from rl.policy.pack import TreeCredit, pack, plan_packs, unique_tokens
+from rl.policy.pack import PathCredit, TokenCredit, TreeCredit, pack, plan_packs, unique_tokens
 from rollout.tree import ROOT, Tree
 from rollout.types import Prompt
 
@@ -168,3 +170,82 @@ def test_each_trajectory_is_in_exactly_one_shard(paired_tree: PairedTree):
 def test_a_budget_without_room_is_refused():
     with pytest.raises(ConfigError, match=r"learner\.pack_tokens=0"):
         plan_packs([], 0)
+
+
+# Trajectories one by one, and tokens with advantages of their own
+
+
+def path(tree: Tree, leaf: str, advantage: float, weight: float = 1.0) -> PathCredit:
+    steps = len(tree.path(row_of(tree, leaf)))
+    return PathCredit(leaf=row_of(tree, leaf), advantage=[advantage] * steps, weight=[weight] * steps)
+
+
+def summed(tree: Tree, paths: list[PathCredit], tokens: TokenCredit | None = None) -> TreeCredit:
+    """A tree whose sums are those of its trajectories."""
+    nothing = [0.0] * len(tree.nodes)
+    empty = TreeCredit(tree=tree, w_pos=nothing, w_neg=nothing, w0=nothing)
+    return replace(empty.only_paths(paths), tokens=tokens, denominator=math.nan)
+
+
+def test_a_trajectory_lists_its_trained_tokens_in_order():
+    tree = parse_tree("q -> a -> (a1, a2)")
+    batch = pack([summed(tree, [path(tree, "a1", 0.5, 2.0), path(tree, "a2", -1.0)])])
+    paths = batch.paths
+    assert paths is not None and paths.num_paths == 2
+    assert paths.edge_M.tolist() == [0, 1, 0, 2]  # a a1, a a2
+    assert paths.path_M.tolist() == [0, 0, 1, 1]
+    assert paths.advantage_M.tolist() == [0.5, 0.5, -1.0, -1.0]
+    assert paths.weight_M.tolist() == [2.0, 2.0, 1.0, 1.0]
+    # a is in both: 2 * 0.5 of the one, 1 * -1 of the other
+    assert (batch.w_pos_E[0], batch.w_neg_E[0], batch.w0_E[0]) == (1.0, -1.0, 3.0)
+
+
+def test_steps_of_weight_zero_are_no_tokens_of_their_trajectory():
+    tree = parse_tree("q -> a -> a1")
+    only_last = PathCredit(leaf=1, advantage=[9.0, 1.0], weight=[0.0, 1.0])
+    batch = pack([summed(tree, [only_last])])
+    assert batch.paths is not None
+    assert batch.paths.edge_M.tolist() == [0]
+    assert batch.edge_target_E.tolist() == tree.nodes[1].action_ids
+
+
+def test_an_advantage_of_a_token_adds_to_that_of_every_trajectory_through_it():
+    tree = parse_tree("q -> a -> (a1, a2)")
+    paths = [path(tree, "a1", 1.0), path(tree, "a2", -1.0)]
+    tokens = TokenCredit(advantage=[[0.5], [0.0], [2.0]], value=[[0.1], [0.2], [0.3]], target=[[1.0], [2.0], [3.0]])
+    batch = pack([summed(tree, paths, tokens)])
+    # a: 1.5 and -0.5; a1: 1; a2: -1 + 2 = 1
+    assert batch.w_pos_E.tolist() == [1.5, 1.0, 1.0]
+    assert batch.w_neg_E.tolist() == [-0.5, 0.0, 0.0]
+    assert batch.value_E is not None and batch.value_E.tolist() == [0.1, 0.2, 0.3]
+    assert batch.target_E is not None and batch.target_E.tolist() == [1.0, 2.0, 3.0]
+    assert batch.paths is not None and batch.paths.advantage_M.tolist() == [1.5, 1.0, -0.5, 1.0]
+
+
+def test_trained_steps_name_the_edges():
+    first, second = parse_tree("q -> a -> (a1, a2)"), parse_tree("q -> b")
+    batch = pack([weighted(first, a=1, a2=1), weighted(second), weighted(second, b=1)])
+    # rows 0 and 2 of the first tree; the second entry trains nothing; row 0 of the third
+    assert batch.trained_steps == [(0, 0), (0, 2), (2, 0)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(paired_trees(), st.integers(1, 40))
+def test_shards_of_trajectories_add_up_to_the_tree(drawn: PairedTree, budget: int):
+    leaves = sorted({leaf for _, leaf in drawn.pairs})
+    paths = [
+        PathCredit(
+            leaf=leaf,
+            advantage=[drawn.pairs[row, leaf][1] for row in drawn.tree.path(leaf)],
+            weight=[drawn.pairs[row, leaf][0] for row in drawn.tree.path(leaf)],
+        )
+        for leaf in leaves
+    ]
+    credit = summed(drawn.tree, paths)
+    shards = [shard for packed in plan_packs([credit], budget) for shard in packed]
+    assert sorted(path.leaf for shard in shards for path in shard.paths) == leaves  # each whole, in one shard
+    for name in ("w_pos", "w_neg", "w0"):
+        totals = [sum(parts) for parts in zip(*(getattr(shard, name) for shard in shards), strict=True)]
+        assert totals == pytest.approx(getattr(credit, name))
+    for shard in shards:
+        assert len(shard.paths) == 1 or unique_tokens(shard) <= budget

@@ -1,4 +1,4 @@
-"""Attention over a packed forest for unmodified Hugging Face models, registered as "grove_tree".
+"""Attention over a pack by segments, on any device.
 
 The pack is cut into its segments (runs without a fork). A segment's keys are its ancestors and itself, so the last key
 belongs to its last query and plain causal order holds inside. Segments of like shape share one call: agents make
@@ -10,19 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conf.errors import ConfigError
 from rl.policy.mask import ancestor_ranges, segments
-
-ATTENTION_NAME = "grove_tree"
-"""Value of attn_implementation that selects `tree_attention`."""
 
 QUERY_MULTIPLE = 8
 KEY_MULTIPLE = 32
@@ -64,7 +57,7 @@ class Block:
 
 
 @dataclass(slots=True)
-class TreePlan:
+class SegmentPlan:
     """What one pack's attention needs in every layer; made once per pack."""
 
     query_index: Tensor
@@ -75,13 +68,32 @@ class TreePlan:
     """int64 [T], where each token's result is among the queries."""
     blocks: list[Block]
 
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        layer: int,
+    ) -> Tensor:
+        """See `rl.policy.layouts.attention.AttentionPlan`."""
+        assert window is None and softcap is None, "not yet"
+        num_heads, head_dim = query.shape[1], query.shape[3]
+        query_QHD = query[0].transpose(0, 1).index_select(0, self.query_index)
+        # Keys and values are gathered as one tensor: the gather, and the scattered addition behind it, dominate.
+        pair_KHD = torch.cat([key[0], value[0]], dim=-1).transpose(0, 1).index_select(0, self.key_index)
+        blocks = self.blocks
+        queries = query_QHD.split([block.num_segments * block.num_queries for block in blocks])
+        pairs = pair_KHD.split([block.num_segments * block.num_keys for block in blocks])
+        outputs = [_attend(*block, scaling) for block in zip(blocks, queries, pairs, strict=True)]
+        output_THD = torch.cat(outputs).index_select(0, self.output_index_T)
+        return output_THD.view(1, -1, num_heads, head_dim)
 
-def register_tree_attention() -> None:
-    """Make attn_implementation="grove_tree" known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, tree_attention)
 
-
-def plan_attention(end_T: Tensor) -> TreePlan:
+def plan_segments(end_T: Tensor) -> SegmentPlan:
     """Group a pack's segments into blocks.
 
     Args:
@@ -103,51 +115,12 @@ def plan_attention(end_T: Tensor) -> TreePlan:
     def on_device(index: list[int]) -> Tensor:
         return torch.tensor(index, dtype=torch.int64, device=end_T.device)
 
-    return TreePlan(
+    return SegmentPlan(
         query_index=on_device(query_index),
         key_index=on_device(key_index),
         output_index_T=on_device(output_index),
         blocks=[_block(shape, members, end_T.device) for shape, members in shapes.items()],
     )
-
-
-def tree_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    tree_plan: TreePlan | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function of transformers' interface; without a plan, the ordinary causal attention of plain sequences.
-
-    Args:
-        query: float [1, heads, T, head_dim]; key and value with as many or fewer (grouped-query) heads.
-        tree_plan: keyword argument given to the model's forward, which hands it down to here.
-    Returns: (float [1, T, heads, head_dim], None).
-    Raises: ConfigError for a layer with a sliding window, whose mask depends on more than ancestry.
-    """
-    if tree_plan is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if sliding_window is not None:
-        raise ConfigError(
-            f"the model has a layer with a sliding window of {sliding_window} tokens; packed trees know only full "
-            "attention and would train on a context the engine never sampled from. Use a model with full attention."
-        )
-    num_heads, head_dim = query.shape[1], query.shape[3]
-    query_QHD = query[0].transpose(0, 1).index_select(0, tree_plan.query_index)
-    # Keys and values are gathered as one tensor: the gather, and the scattered addition behind it, dominate the copies.
-    pair_KHD = torch.cat([key[0], value[0]], dim=-1).transpose(0, 1).index_select(0, tree_plan.key_index)
-    blocks = tree_plan.blocks
-    queries = query_QHD.split([block.num_segments * block.num_queries for block in blocks])
-    pairs = pair_KHD.split([block.num_segments * block.num_keys for block in blocks])
-    outputs = [_attend(*block, scaling) for block in zip(blocks, queries, pairs, strict=True)]
-    output_THD = torch.cat(outputs).index_select(0, tree_plan.output_index_T)
-    return output_THD.view(1, -1, num_heads, head_dim), None
 
 
 def _attend(block: Block, query: Tensor, pair: Tensor, scaling: float | None) -> Tensor:

@@ -1,0 +1,66 @@
+"""Makes the modules that a learner trains: the policy with its adapters or value head, a critic, a frozen reference."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conf.errors import ConfigError
+from conf.schema import Config, CriticKind
+from rl.policy.layouts.attention import ATTENTION_NAME, register_tree_attention
+from rl.policy.lora import with_lora
+from rl.policy.model import TreeCritic, TreePolicy
+from rollout.seeds import derive_seed
+
+
+def load_policy(cfg: Config, path: str, device: torch.device) -> TreePolicy:
+    """The policy as the config wants it trained, in learner.weights_dtype.
+
+    Raises: ConfigError for adapters that fit no layer.
+    """
+    model = load_causal_lm(path, cfg.learner.weights_dtype)
+    if cfg.model.lora.rank:
+        model = with_lora(model, cfg.model.lora, derive_seed(cfg.seed, "lora"))
+    if cfg.learner.gradient_checkpointing:
+        checkpoint_activations(model)
+    has_value_head = cfg.loss.critic.kind is CriticKind.value_head
+    policy = TreePolicy(model, cfg.rollout.temperature, has_value_head=has_value_head)
+    return policy.to(device).train()
+
+
+def load_reference(cfg: Config, path: str, device: torch.device) -> TreePolicy:
+    """The first weights, frozen, in model.dtype."""
+    model = load_causal_lm(path, cfg.model.dtype)
+    return TreePolicy(model, cfg.rollout.temperature).requires_grad_(False).to(device).eval()
+
+
+def load_critic(cfg: Config, path: str, device: torch.device) -> TreeCritic:
+    """A model whose output layer is one number, 0 everywhere at first."""
+    model = load_causal_lm(path, cfg.learner.weights_dtype)
+    if cfg.learner.gradient_checkpointing:
+        checkpoint_activations(model)
+    return TreeCritic(model).to(device).train()
+
+
+def load_causal_lm(path: str, dtype: str) -> PreTrainedModel:
+    """A Hugging Face causal LM with the tree attention.
+
+    Raises: ConfigError for one that cannot take an attention function of ours.
+    """
+    register_tree_attention()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME
+        )
+    except ValueError as error:
+        if "attn_implementation" not in str(error) and "attention" not in str(error):
+            raise
+        raise ConfigError(
+            f"the model in {path} does not let its attention be replaced ({error}), so a packed tree cannot tell it who "
+            "sees whom. Use a model that transformers itself implements, such as Qwen3, Llama or Gemma."
+        ) from error
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Compute activations again in backward instead of keeping them; with frozen embeddings too."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})

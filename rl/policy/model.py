@@ -1,0 +1,104 @@
+"""The policy as one module: a pack goes in, log-probabilities, entropies and values of its trained tokens come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from conf.schema import Layout
+from rl.policy.layouts.hidden import tree_hidden
+from rl.policy.logprobs import edge_logprobs
+from rl.policy.pack import PackedBatch
+
+HEAD_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits that exist at once; about three times as many floats are held while a chunk is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeOutputs:
+    """What the model says of each trained token of a pack; float32, or float64 where the model is."""
+
+    logprob_E: Tensor
+    """Nats, at the sampling temperature."""
+    entropy_E: Tensor
+    """Nats, of the distribution the token was drawn from."""
+    value_E: Tensor | None = None
+    """Value of the state before the token, in reward units; None without a value head."""
+
+
+class TreePolicy(nn.Module):
+    """A causal LM, and a value head when asked for; the root that FSDP shards, so that the output layer's weight is
+    whole wherever `forward` reads it.
+
+    Args:
+        model: loaded with attn_implementation="grove_tree".
+        temperature: the logits are divided by it.
+        has_value_head: adds a linear layer on the last hidden state.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float, *, has_value_head: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.value_head = zero_head(model) if has_value_head else None
+
+    def forward(
+        self, batch: PackedBatch, layout: Layout, *, temperature: float | None = None, trains_trunk: bool = True
+    ) -> EdgeOutputs:
+        """Log-probability, entropy and value of every edge; shapes as `EdgeOutputs`.
+
+        Args:
+            temperature: other than the policy's own.
+            trains_trunk: False keeps the gradient of the values in the value head.
+        """
+        hidden_TD = tree_hidden(self.model.base_model, batch, layout)
+        head = head_weight(self.model)
+        logprob_E, entropy_E = edge_logprobs(
+            hidden_TD,
+            head,
+            batch.edge_row_E,
+            batch.edge_target_E,
+            self.temperature if temperature is None else temperature,
+            chunk_rows=max(1, HEAD_CHUNK_LOGITS[hidden_TD.device.type] // len(head)),
+        )
+        value_E = None
+        if self.value_head is not None:
+            value_E = edge_values(self.value_head, hidden_TD if trains_trunk else hidden_TD.detach(), batch)
+        return EdgeOutputs(logprob_E, entropy_E, value_E)
+
+
+class TreeCritic(nn.Module):
+    """A model of its own that says what a state is worth; `value_head` takes the place of the output layer."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.backbone = model.base_model
+        self.value_head = zero_head(model)
+
+    def forward(self, batch: PackedBatch, layout: Layout) -> Tensor:
+        """Value [E] of the state before each trained token, in reward units; at least float32."""
+        return edge_values(self.value_head, tree_hidden(self.backbone, batch, layout), batch)
+
+
+def zero_head(model: PreTrainedModel) -> nn.Linear:
+    """A linear layer [1, D] that says 0 of every state, so that a new critic is no worse than none."""
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=model.dtype)
+    for weight in head.parameters():
+        nn.init.zeros_(weight)
+    return head
+
+
+def edge_values(head: nn.Linear, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+    """The head's value [E] of the state that each edge is predicted from, at least float32."""
+    value_E = head(hidden_TD.index_select(0, batch.edge_row_E))[:, 0]
+    return value_E.to(torch.promote_types(value_E.dtype, torch.float32))
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """Weight [V, D] of the output layer, the input embedding where they are tied."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear), "a causal LM ends in a linear layer"
+    return head.weight
