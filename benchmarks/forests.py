@@ -1,10 +1,11 @@
-"""What the learner is measured on: forests of three shapes and one of plain chains, their trajectories one by one, and
-the operations that training them takes."""
+"""What the learner is measured on: forests of three shapes, and plain chains that share nothing; their trajectories one
+by one; and the operations that training them takes."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,7 +72,7 @@ GRPO = Shape("grpo", prompt_tokens=1024, action_tokens=256, parents=widths(8))
 COMB = Shape(
     "comb", prompt_tokens=256, action_tokens=64, parents=candidates(6, 5), observation_tokens=128, steps_alone=True
 )
-CHAINS = Shape("nothing shared", prompt_tokens=256, action_tokens=256, parents=widths(1), num_trees=8)
+CHAINS = Shape("chains", prompt_tokens=256, action_tokens=256, parents=widths(1), num_trees=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +97,12 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Trees, and how their trajectories train."""
+    """The same training twice: by trees and by trajectories."""
 
-    trees: list[Tree]
-    paths: list[list[PathCredit]]
-    """Of each tree."""
-
-    def credits(self) -> list[TreeCredit]:
-        """For the packed side: every token once, with sums over the trajectories through it."""
-        return [_summed(tree, paths) for tree, paths in zip(self.trees, self.paths, strict=True)]
-
-    def trajectories(self) -> list[Trajectory]:
-        """For the other sides: every trajectory apart, shared tokens as often as they are shared."""
-        pairs = zip(self.trees, self.paths, strict=True)
-        return [_trajectory(tree, path) for tree, paths in pairs for path in paths]
+    credits: list[TreeCredit]
+    """Every token once, with sums over the trajectories through it."""
+    trajectories: list[Trajectory]
+    """Every trajectory apart, shared tokens as often as they are shared."""
 
 
 def random_forest(shape: Shape, vocabulary: int, seed: int = 0) -> Forest:
@@ -122,14 +115,18 @@ def random_forest(shape: Shape, vocabulary: int, seed: int = 0) -> Forest:
     """
     rng = random.Random(seed)
     trees = [_random_tree(shape, number, vocabulary, rng) for number in range(shape.num_trees)]
-    return Forest(trees=trees, paths=[_random_paths(shape, tree, rng) for tree in trees])
+    paths = [_random_paths(shape, tree, rng) for tree in trees]
+    pairs = list(zip(trees, paths, strict=True))
+    return Forest(
+        credits=[_summed(tree, of_tree) for tree, of_tree in pairs],
+        trajectories=[_trajectory(tree, path) for tree, of_tree in pairs for path in of_tree],
+    )
 
 
 def _random_tree(shape: Shape, number: int, vocabulary: int, rng: random.Random) -> Tree:
     def tokens(count: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(count)]
 
-    expected = -float(torch.tensor(float(vocabulary)).log())
     prompt = Prompt(id=str(number), token_ids=tuple(tokens(shape.prompt_tokens)), question="", answer="")
     tree = Tree(prompt=prompt)
     for row, parent in enumerate(shape.parents):
@@ -138,7 +135,7 @@ def _random_tree(shape: Shape, number: int, vocabulary: int, rng: random.Random)
             Node(
                 parent=parent,
                 action_ids=tokens(shape.action_tokens),
-                action_logprobs=[rng.gauss(expected, 0.2) for _ in range(shape.action_tokens)],
+                action_logprobs=[rng.gauss(-math.log(vocabulary), 0.2) for _ in range(shape.action_tokens)],
                 observation_ids=[] if ended else tokens(shape.observation_tokens),
                 facts=StepFacts(kind=StepKind.answer if ended else StepKind.call),
                 stop=StopReason.answered if ended else StopReason.continues,
@@ -203,9 +200,6 @@ class Work:
     rows: int
     """Rows through the output layer."""
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.rows + other.rows)
-
 
 def packed_work(batch: PackedBatch) -> Work:
     """Of a pack: every token once, a row that predicts several tokens once."""
@@ -238,15 +232,3 @@ def operations(work: Work, config: PreTrainedConfig, *, head_passes: int) -> int
     linear = 6 * config.num_hidden_layers * layer_weights * work.tokens
     attention = 12 * config.num_hidden_layers * heads_width * work.pairs
     return linear + attention + 2 * head_passes * config.hidden_size * config.vocab_size * work.rows
-
-
-def grouped(trajectories: Sequence[Trajectory], max_tokens: int) -> Iterator[list[Trajectory]]:
-    """Trajectories sorted by length, as many at a time as fit `max_tokens` when padded to the longest of them."""
-    group: list[Trajectory] = []
-    for trajectory in sorted(trajectories, key=lambda each: len(each.token_ids_T)):
-        if group and (len(group) + 1) * len(trajectory.token_ids_T) > max_tokens:
-            yield group
-            group = []
-        group.append(trajectory)
-    if group:
-        yield group

@@ -1,211 +1,217 @@
-"""Training on packed trees against training each trajectory as a padded row of its own.
+"""Training on packed trees against training on each trajectory apart: speed, memory, and how close to the ideal.
 
-    python -m benchmarks.learner
+    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--threads 2]
 
-Both sides compute the same gradient: forward, log-probs of the trained tokens, PPO loss, backward. The padded side gets
-its best form: rows sorted by length, batches of at most learner.pack_tokens tokens, the output layer on trained rows
-alone. `ratio` is packed / padded in path tokens per second; `ideal` is the ratio of the floating-point operations that
-the two cannot avoid (no padding, attention pairs that are visible); `efficiency` is ratio / ideal.
+All sides compute the same gradient (compared before anything is timed): forward, log-probs of the trained tokens, PPO
+loss, backward; the optimiser's step is the same for all and left out. None computes more than PACK_TOKENS tokens at
+once. The other two sides get their best form:
+
+- padded: rows sorted by length, stock attention without a mask, the output layer on trained rows alone;
+- varlen: trajectories one behind the other without padding, attention within each, one call for those of one length.
+
+Every side of a line runs in a process of its own, and they take turns; the fastest repetition counts.
+
+- `x_padded`, `x_varlen`: how much faster packed is than the other two; `ratio`: than the faster of them.
+- `ideal`: operations of the trajectories over operations of the trees (layers, visible pairs, trained rows).
+- `efficiency`: ratio / ideal.
+- `..._mib`: peak memory of the gradient's computation, without weights and gradients.
+
+Two more tables: what the packed side can trade for memory, and the output layer with a large vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from contextlib import ExitStack
+from functools import partial
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.tables import Row, report
-from conf.schema import LearnerConfig, LossConfig, TinyModelConfig
-from rl.policy.attention import ATTENTION_NAME, plan_attention, register_tree_attention
-from rl.policy.learner import head_weight, tree_hidden
-from rl.policy.logprobs import edge_logprobs
-from rl.policy.loss import log_ratio, ppo_clip
-from rl.policy.pack import PackedBatch, TreeCredit, pack, plan_packs
-from rollout.tree import ROOT, Node, Tree
-from rollout.types import Prompt, StepFacts, StepKind, StopReason
-
-VOCABULARY = 512
-PACK_TOKENS = LearnerConfig().pack_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Trees of one kind."""
-
-    name: str
-    num_trees: int
-    widths: tuple[int, ...]
-    """Steps at each depth; every step has equally many children."""
-    prompt_tokens: int
-    action_tokens: int
-    observation_tokens: int
-    sizes: TinyModelConfig
-
-
-SMALL = TinyModelConfig()
-MEDIUM = TinyModelConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, intermediate_size=768)
-SHAPES = (
-    Shape("16 trees of short turns", 16, (2, 4, 8, 8, 8), 22, 6, 5, SMALL),
-    Shape("8 answers to a long prompt", 1, (8,), 1024, 256, 0, MEDIUM),
-    Shape("tool calls, forks all the way", 1, (1, 2, 4, 8), 256, 128, 128, MEDIUM),
+from benchmarks.apart import Apart, Measured, Step
+from benchmarks.forests import (
+    CHAINS,
+    COMB,
+    GRPO,
+    TOOL,
+    Shape,
+    operations,
+    packed_work,
+    random_forest,
+    separate_work,
 )
+from benchmarks.policies import MEDIUM, SMALL, TINY, Size, random_policy
+from benchmarks.sides import Side, gradient_gap, packed, padded, varlen
+from benchmarks.tables import Row, report
+from conf.schema import Layout, LearnerConfig
+from rl.policy.logprobs import Head, edge_logprobs
+from rl.policy.model import HEAD_CHUNK_LOGITS
+from rl.policy.pack import pack
+
+PACK_TOKENS = 4096
+GRADIENT_TOLERANCE = 1e-4
+"""See `gradient_gap`; float32 gives about 1e-6."""
+WARM_UP_TOKENS = 64
+PRELOAD = ["benchmarks.sides", "transformers.models.qwen3.modeling_qwen3"]
+CPU = torch.device("cpu")
+
+SIDES: dict[str, Side] = {
+    "packed": packed(Layout.segments),
+    "padded": padded,
+    "varlen": varlen,
+    "depth first": packed(Layout.depth_first),
+}
 
 
-def main() -> None:
+REPEATS = {TINY: 1, SMALL: 5, MEDIUM: 2}
+"""Timed repetitions of each side."""
+SHAPES = [TOOL, GRPO, COMB, CHAINS]
+HEAD = (2048, 151_936, 256)
+"""Rows, vocabulary and width of the output layer."""
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions; the fastest counts")
-    parser.add_argument("--threads", type=int, default=LearnerConfig().num_threads, help="torch threads")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    register_tree_attention()
-    rows = [measured(shape, arguments.repeats) for shape in SHAPES]
-    report("learner", f"packed trees against padded trajectories, {arguments.threads} threads", rows)
+    parser.add_argument("--quick", action="store_true", help="a tiny model and small trees: does it run?")
+    parser.add_argument("--sizes", nargs="+", default=["4M", "52M"], help="parameters of the models")
+    parser.add_argument(
+        "--threads", type=int, default=LearnerConfig().num_threads, help="torch threads of each process"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    threads, prefix = options.threads, "quick_" if options.quick else ""
+    if options.quick:
+        sizes, shapes, head = [TINY], [shape.resized(256) for shape in SHAPES], (64, 2048, 32)
+    else:
+        sizes, shapes, head = [size for size in (SMALL, MEDIUM) if size.name in options.sizes], SHAPES, HEAD
+    for shape in shapes:
+        require_same_gradients(sizes[0], shape)
+    where = f"{threads} threads, at most {PACK_TOKENS} tokens at once"
+    rows = [against_trajectories(size, shape, threads) for size in sizes for shape in shapes]
+    report(f"{prefix}learner", f"packed trees against trajectories apart, {where}", rows, own_memory=False)
+    rows = [row for shape in shapes[:3] for row in memory_rows(sizes[0], shape, threads)]
+    report(f"{prefix}learner_memory", f"time for memory, {sizes[0].name} parameters, {where}", rows, own_memory=False)
+    title = f"output layer, forward and backward, float32, {threads} threads"
+    report(f"{prefix}learner_head", title, head_rows(*head, threads), own_memory=False)
 
 
-def measured(shape: Shape, repeats: int) -> Row:
-    """One line of the table."""
-    model, trees = random_model(shape.sizes), random_trees(shape)
-    batch = pack(trees)
-    packed_s, padded_s = fastest([lambda: train_packed(model, trees), lambda: train_padded(model, batch)], repeats)
-    ratio, ideal = padded_s / packed_s, ideal_ratio(batch, model)
+def against_trajectories(size: Size, shape: Shape, num_threads: int) -> Row:
+    """One forest on three sides."""
+    names = ("packed", "padded", "varlen")
+    best = measured([partial(gradient_step, size, shape, name) for name in names], REPEATS[size], num_threads)
+    seconds, peaks = [each.seconds for each in best], [each.peak_mib for each in best]
+    ratio, ideal = min(seconds[1:]) / seconds[0], ideal_ratio(size, shape)
     return {
-        "name": shape.name,
-        "path_tokens": len(batch.traj_index_P),
-        "packed_tokens": batch.num_tokens,
-        "packed_tokens_per_s": len(batch.traj_index_P) / packed_s,
-        "padded_tokens_per_s": len(batch.traj_index_P) / padded_s,
+        "name": f"{shape.name} {size.name}",
+        **{f"{name}_s": each for name, each in zip(names, seconds, strict=True)},
+        "x_padded": seconds[1] / seconds[0],
+        "x_varlen": seconds[2] / seconds[0],
         "ratio": ratio,
         "ideal": ideal,
         "efficiency": ratio / ideal,
+        **{f"{name}_mib": round(each) for name, each in zip(names, peaks, strict=True)},
     }
 
 
-def fastest(sides: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """Seconds of the fastest repetition of each; the sides take turns, so that both meet the same machine."""
-    seconds: list[list[float]] = [[] for _ in sides]
-    for _ in range(repeats + 1):
-        for side, mine in zip(sides, seconds, strict=True):
-            started = time.perf_counter()
-            side()
-            mine.append(time.perf_counter() - started)
-    return [min(mine[1:]) for mine in seconds]  # the first warms up
+def memory_rows(size: Size, shape: Shape, num_threads: int) -> list[Row]:
+    """One forest on the packed side and on those that compute activations again instead of keeping them."""
+    steps = {
+        "packed": partial(gradient_step, size, shape, "packed"),
+        "packed, gradient checkpointing": partial(gradient_step, size, shape, "packed", checkpointing=True),
+        "depth first": partial(gradient_step, size, shape, "depth first"),
+    }
+    best = measured(list(steps.values()), REPEATS[size], num_threads)
+    return [
+        {"name": f"{shape.name}: {name}", "seconds": each.seconds, "mib": round(each.peak_mib)}
+        for name, each in zip(steps, best, strict=True)
+    ]
 
 
-def train_packed(model: PreTrainedModel, trees: Sequence[TreeCredit]) -> None:
-    """One gradient, each token computed once; planning and packing are in the time."""
-    for packed_trees in plan_packs(trees, PACK_TOKENS):
-        batch = pack(packed_trees)
-        hidden_TD = tree_hidden(model, batch.input_ids_T, batch.position_T, plan_attention(batch.end_T))
-        backward(model, hidden_TD, batch, batch.edge_row_E, torch.arange(len(batch.edge_row_E)))
-    model.zero_grad()
+def head_rows(num_rows: int, vocabulary: int, width: int, num_threads: int) -> list[Row]:
+    """Log-probs through one large table of logits, and in chunks."""
+    steps = {
+        "all logits at once": partial(naive_head_step, num_rows, vocabulary, width),
+        "in chunks (edge_logprobs)": partial(chunked_head_step, num_rows, vocabulary, width),
+    }
+    rows: list[Row] = []
+    for name, make in steps.items():
+        best = measured([make], 1, num_threads)[0]
+        size = {"rows": num_rows, "vocabulary": vocabulary, "hidden": width}
+        rows.append({"name": name, **size, "seconds": best.seconds, "mib": round(best.peak_mib)})
+    return rows
 
 
-def train_padded(model: PreTrainedModel, batch: PackedBatch) -> None:
-    """The same gradient, from trajectories that are rows of their own."""
-    edge_of_T = torch.full((len(batch.input_ids_T),), -1)
-    edge_of_T[batch.edge_token_E] = torch.arange(len(batch.edge_token_E))
-    paths = [batch.traj_index_P[start:stop] for start, stop in pairwise(batch.traj_ptr)]
-    for group in padded_groups(sorted(paths, key=len)):
-        index_BT = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
-        # Padding comes last and attention is causal: no real token sees it and no mask is needed.
-        hidden_BTD = model.base_model(input_ids=batch.input_ids_T[index_BT], use_cache=False).last_hidden_state
-        tokens = [torch.nonzero(edge_of_T[path] >= 0).flatten() for path in group]
-        rows_E = torch.cat([place * index_BT.shape[1] + found - 1 for place, found in enumerate(tokens)])
-        edges_E = torch.cat([edge_of_T[path[found]] for path, found in zip(group, tokens, strict=True)])
-        backward(model, hidden_BTD.flatten(0, 1), batch, rows_E, edges_E)
-    model.zero_grad()
+def measured(makers: list[partial[Step]], repeats: int, num_threads: int) -> list[Measured]:
+    """Fastest seconds and first peak of each; they take turns, so that all meet the same machine."""
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Apart(make, num_threads, preload=PRELOAD)) for make in makers]
+        rounds = [[side.step() for side in sides] for _ in range(repeats)]
+    return [
+        Measured(seconds=min(each.seconds for each in mine), peak_mib=mine[0].peak_mib)
+        for mine in zip(*rounds, strict=True)
+    ]
 
 
-def padded_groups(paths: list[Tensor]) -> list[list[Tensor]]:
-    """Neighbours in length, at most PACK_TOKENS tokens each, padding included."""
-    groups: list[list[Tensor]] = [[]]
-    for path in paths:
-        if groups[-1] and (len(groups[-1]) + 1) * len(path) > PACK_TOKENS:
-            groups.append([])
-        groups[-1].append(path)
-    return groups
+def ideal_ratio(size: Size, shape: Shape) -> float:
+    """Operations of the trajectories apart over those of the trees."""
+    forest = random_forest(shape, size.vocabulary)
+    works = separate_work(forest.trajectories), packed_work(pack(forest.credits))
+    apart, together = (operations(work, size.config(), head_passes=4) for work in works)
+    return apart / together
 
 
-def backward(model: PreTrainedModel, hidden: Tensor, batch: PackedBatch, rows_E: Tensor, edges_E: Tensor) -> None:
-    """PPO loss of some edges, read from some rows of the hidden states, and its gradient."""
-    loss = LossConfig()
-    logprob_E, _ = edge_logprobs(hidden, head_weight(model), rows_E, batch.edge_target_E[edges_E], 1.0, chunk_rows=8192)
-    log_ratio_E = log_ratio(logprob_E, batch.old_logprob_E[edges_E].float())
-    w_pos_E, w_neg_E = batch.w_pos_E[edges_E].float(), batch.w_neg_E[edges_E].float()
-    ppo_clip(log_ratio_E, w_pos_E, w_neg_E, loss.clip_low, loss.clip_high).sum().backward()
+def require_same_gradients(size: Size, shape: Shape) -> None:
+    """Compare what the sides compute, on the forest that is then measured."""
+    policy, forest = random_policy(size, CPU), random_forest(shape, size.vocabulary)
+    gap = gradient_gap(policy, forest, [SIDES["packed"], SIDES["varlen"], SIDES["padded"]], PACK_TOKENS)
+    assert gap < GRADIENT_TOLERANCE, f"{shape.name}: the sides' gradients differ by {gap:.1e}"
 
 
-def ideal_ratio(batch: PackedBatch, model: PreTrainedModel) -> float:
-    """Operations of separate trajectories over operations of the tree: linear layers, visible pairs, trained rows."""
-    config = model.config
-    layers = sum(weight.numel() for name, weight in model.named_parameters() if ".layers." in name)
-    per_pair = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    per_row = config.vocab_size * config.hidden_size
+def gradient_step(size: Size, shape: Shape, side: str, *, checkpointing: bool = False) -> Step:
+    """One gradient of one side; the gradients' own memory is there before."""
+    policy = random_policy(size, CPU, checkpointing=checkpointing)
+    SIDES[side](policy, random_forest(shape.resized(WARM_UP_TOKENS), size.vocabulary), PACK_TOKENS)
+    forest = random_forest(shape, size.vocabulary)
 
-    def operations(tokens_T: Tensor, num_rows: int) -> float:
-        num_pairs = (batch.position_T[tokens_T] + 1).sum().item()
-        return layers * len(tokens_T) + per_pair * num_pairs + per_row * num_rows
+    def step() -> None:
+        policy.zero_grad(set_to_none=False)
+        SIDES[side](policy, forest, PACK_TOKENS)
 
-    trained_T = torch.zeros(len(batch.input_ids_T), dtype=torch.bool)
-    trained_T[batch.edge_token_E] = True
-    apart = operations(batch.traj_index_P, int(trained_T[batch.traj_index_P].sum()))
-    return apart / operations(torch.arange(batch.num_tokens), len(batch.edge_row_E.unique()))
+    return step
 
 
-def random_model(sizes: TinyModelConfig) -> PreTrainedModel:
-    """A Qwen3 of these sizes with random weights."""
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        intermediate_size=sizes.intermediate_size,
-        tie_word_embeddings=True,
-    )
-    config._attn_implementation = ATTENTION_NAME
-    return Qwen3ForCausalLM(config)
+def naive_head_step(num_rows: int, vocabulary: int, width: int) -> Step:
+    """Log-probs from logits that all exist at once, as one would write it."""
+    hidden_RD, weight_VD, target_R = head_inputs(num_rows, vocabulary, width)
+
+    def step() -> None:
+        logp_RV = (hidden_RD @ weight_VD.T).log_softmax(-1)
+        logp_RV.gather(1, target_R[:, None]).sum().backward()
+
+    return step
 
 
-def random_trees(shape: Shape) -> list[TreeCredit]:
-    """Trees of random tokens, actions of varying length, every step trained with both signs."""
-    rng = random.Random(0)
+def chunked_head_step(num_rows: int, vocabulary: int, width: int) -> Step:
+    """The same by `edge_logprobs`, which gives entropies too."""
+    hidden_RD, weight_VD, target_R = head_inputs(num_rows, vocabulary, width)
+    chunk_rows = max(1, HEAD_CHUNK_LOGITS["cpu"] // vocabulary)
 
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(VOCABULARY) for _ in range(count)]
-
-    def grown(number: int) -> TreeCredit:
-        tree = Tree(prompt=Prompt(id=str(number), token_ids=tuple(tokens(shape.prompt_tokens)), question="", answer=""))
-        level = [ROOT]
-        for depth, width in enumerate(shape.widths, start=1):
-            last = depth == len(shape.widths)
-            parents = [parent for parent in level for _ in range(width // len(level))]
-            level = [tree.add(random_node(parent, last=last)) for parent in parents]
-        weights = [1.0] * len(tree.nodes)
-        return TreeCredit(tree=tree, w_pos=weights, w_neg=[-weight for weight in weights], w0=weights)
-
-    def random_node(parent: int, *, last: bool) -> Node:
-        num_actions = max(1, round(shape.action_tokens * rng.uniform(0.75, 1.25)))
-        return Node(
-            parent=parent,
-            action_ids=tokens(num_actions),
-            action_logprobs=[-6.0] * num_actions,
-            observation_ids=[] if last else tokens(shape.observation_tokens),
-            facts=StepFacts(kind=StepKind.answer if last else StepKind.call),
-            stop=StopReason.answered if last else StopReason.continues,
-            version=0,
+    def step() -> None:
+        logprob_R, _ = edge_logprobs(
+            hidden_RD, Head(weight_VD), torch.arange(num_rows), target_R, 1.0, chunk_rows=chunk_rows
         )
+        logprob_R.sum().backward()
 
-    return [grown(number) for number in range(shape.num_trees)]
+    return step
+
+
+def head_inputs(num_rows: int, vocabulary: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, weight and targets at random; the gradients' own memory is there before."""
+    torch.manual_seed(0)
+    hidden_RD = torch.randn(num_rows, width).requires_grad_()
+    weight_VD = (torch.randn(vocabulary, width) / width**0.5).requires_grad_()
+    hidden_RD.grad, weight_VD.grad = torch.zeros_like(hidden_RD), torch.zeros_like(weight_VD)
+    return hidden_RD, weight_VD, torch.randint(vocabulary, (num_rows,))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Rules about rewards and credit: does every signal have a source and a use, and can a term compare anything?"""
+"""Rules about rewards, credit and loss: does every signal have a source and a use, can a term compare anything, and do
+the parts of an algorithm fit together?"""
 
 from __future__ import annotations
 
@@ -11,9 +12,33 @@ from conf.errors import ConfigError
 from conf.keys import did_you_mean
 from conf.plugin import load_object
 from conf.problem import Problem
-from conf.schema import Config, ExpanderKind, Level, Normalizer, Scope, Singleton, SourceConfig, TermConfig
+from conf.schema import (
+    Aggregation,
+    Config,
+    Correction,
+    CriticKind,
+    ExpanderKind,
+    GaeLevel,
+    Level,
+    LossKind,
+    Normalizer,
+    OldLogprobs,
+    Scope,
+    Singleton,
+    SourceConfig,
+)
 
 DEFAULT_SIGNAL = {Level.step: "step", Level.trajectory: "outcome"}
+STEP_KL = "kl"
+"""Signal that the learner feeds: log policy - log reference, summed over a step's sampled tokens."""
+PATH_KL = "path_kl"
+"""The same, summed over a trajectory."""
+MEASURED_SIGNALS = {STEP_KL: Level.step, PATH_KL: Level.trajectory}
+"""Signals without a source."""
+GAE_PART = "gae"
+"""Name of the critic's part of the credit in records."""
+GSPO_CLIP = 0.05
+"""The paper clips a trajectory's ratio at 3e-4 and 4e-4; a hundred times that is a clip meant for tokens."""
 STEP_ARGUMENTS = frozenset({"step", "siblings"})
 SECRET_NAME = re.compile(
     r"(^|_)(api_?key|secret|password|credentials?|(auth|access|bearer|api|hf)_token)$", re.IGNORECASE
@@ -34,6 +59,13 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         something_is_compared,
         two_siblings_have_no_zscore,
         tool_success_alone_is_hacked,
+        measured_names_are_free,
+        gae_and_critic_come_together,
+        gae_reads_signals,
+        gspo_counts_trajectories,
+        custom_loss_is_named,
+        correction_can_work,
+        nothing_set_is_unread,
     ]
 
 
@@ -73,8 +105,14 @@ def fed_signals(cfg: Config) -> dict[str, list[str]]:
 
 
 def used_signals(cfg: Config) -> set[str]:
-    """Signals that a term of non-zero weight reads."""
-    return {signal for term in cfg.credit.terms.values() if term.weight != 0 for signal in term.signals}
+    """Signals that a term of non-zero weight or GAE reads."""
+    terms = {signal for term in cfg.credit.terms.values() if term.weight != 0 for signal in term.signals}
+    return terms | cfg.credit.gae.signals.keys() if has_gae(cfg) else terms
+
+
+def has_gae(cfg: Config) -> bool:
+    """Whether a critic's values make credit."""
+    return cfg.credit.gae.level is not GaeLevel.off
 
 
 def _loaded(source: SourceConfig) -> Any:
@@ -144,8 +182,8 @@ def success_is_measured(cfg: Config) -> list[Problem]:
 
 
 def terms_are_complete(cfg: Config) -> list[Problem]:
-    """There are terms, and each reads a signal."""
-    if not any(term.weight != 0 for term in cfg.credit.terms.values()):
+    """There are terms, unless GAE gives the credit, and each reads a signal."""
+    if not has_gae(cfg) and not any(term.weight != 0 for term in cfg.credit.terms.values()):
         return [
             Problem(
                 "credit.terms has no term of non-zero weight: every advantage would be 0 and nothing learned. Choose a "
@@ -163,26 +201,35 @@ def terms_are_complete(cfg: Config) -> list[Problem]:
 
 
 def term_signals_are_fed(cfg: Config) -> list[Problem]:
-    """Every signal that a term reads has a source, of a level the term can use."""
+    """Every signal that a term or GAE reads has a source or is measured, and is of a level the term can use."""
     fed, found = fed_signals(cfg), []
-    for key, term, signal in _uses(cfg):
-        if signal not in fed:
+    for key, level, signal in _uses(cfg):
+        if signal not in fed and signal not in MEASURED_SIGNALS:
             found.append(Problem(_unfed(cfg, key, signal, fed)))
-        elif term.level is Level.trajectory and _only_steps(cfg, fed[signal]):
+        elif level is Level.trajectory and _is_of_steps(cfg, signal, fed):
+            feeding = ", ".join(fed.get(signal, ["measured by the learner"]))
             found.append(
                 Problem(
-                    f'{key}.signals names "{signal}", which scores steps ({", ".join(fed[signal])}), but '
-                    f"{key}.level=trajectory needs one value for a whole trajectory. Use {key}.level=step, or a source "
-                    f"that scores trajectories."
+                    f'{key}.signals names "{signal}", which scores steps ({feeding}), but {key}.level=trajectory needs '
+                    f"one value for a whole trajectory. Use "
+                    f"{f'{PATH_KL}, its sum over the trajectory' if signal == STEP_KL else f'{key}.level=step'}, or a "
+                    f"source that scores trajectories."
                 )
             )
     return found
 
 
-def _uses(cfg: Config) -> Iterator[tuple[str, TermConfig, str]]:
+def _uses(cfg: Config) -> Iterator[tuple[str, Level, str]]:
     for name, term in cfg.credit.terms.items():
         for signal in term.signals:
-            yield f"credit.terms.{name}", term, signal
+            yield f"credit.terms.{name}", term.level, signal
+    if has_gae(cfg):
+        for signal in cfg.credit.gae.signals:
+            yield "credit.gae", Level.step, signal
+
+
+def _is_of_steps(cfg: Config, signal: str, fed: dict[str, list[str]]) -> bool:
+    return MEASURED_SIGNALS[signal] is Level.step if signal in MEASURED_SIGNALS else _only_steps(cfg, fed[signal])
 
 
 def _only_steps(cfg: Config, names: list[str]) -> bool:
@@ -246,7 +293,10 @@ def something_is_compared(cfg: Config) -> list[Problem]:
     single = rollout.expander is not ExpanderKind.random_expand and rollout.num_leaves == 1
     terms = [term for term in cfg.credit.terms.values() if term.weight != 0]
     compared = all(term.normalizer is not Normalizer.none and term.singleton is Singleton.zero for term in terms)
-    if not single or not compared or any(term.level is Level.step and term.scope is Scope.prompt for term in terms):
+    wide = (Scope.prompt, Scope.batch)
+    if any(term.scope is Scope.batch or (term.level is Level.step and term.scope in wide) for term in terms):
+        return []
+    if not single or not compared or has_gae(cfg):
         return []
     return [
         Problem(
@@ -290,4 +340,160 @@ def tool_success_alone_is_hacked(cfg: Config) -> list[Problem]:
             f"or set rewards.sources.{next(iter(steps))}.weight=0.",
             fatal=False,
         )
+    ]
+
+
+def measured_names_are_free(cfg: Config) -> list[Problem]:
+    """A source must not add to what the learner measures, nor a term take the name of the critic's part."""
+    found = [
+        Problem(
+            f'rewards.sources.{name}.signal="{source.signal}" is the name of what the learner measures itself (log '
+            f"policy - log reference, in nats): the two would be mixed up. Give the signal another name."
+        )
+        for name, source in cfg.rewards.sources.items()
+        if source.signal in MEASURED_SIGNALS
+    ]
+    if has_gae(cfg) and GAE_PART in cfg.credit.terms:
+        found.append(
+            Problem(
+                f"credit.terms.{GAE_PART} has the name under which records show the critic's part of the advantage "
+                f"(credit.gae.level={cfg.credit.gae.level.value}): the two would be mixed up. Give the term another "
+                f"name."
+            )
+        )
+    return found
+
+
+def gae_and_critic_come_together(cfg: Config) -> list[Problem]:
+    """GAE is made of a critic's values, and nothing else uses them."""
+    level, kind = cfg.credit.gae.level, cfg.loss.critic.kind
+    if has_gae(cfg) and kind is CriticKind.none:
+        return [
+            Problem(
+                f"credit.gae.level={level.value} with loss.critic.kind=none: there are no values to estimate "
+                f"advantages from. Use loss=ppo or loss.critic.kind=value_head, or credit.gae.level=off."
+            )
+        ]
+    if not has_gae(cfg) and kind is not CriticKind.none:
+        return [
+            Problem(
+                f"loss.critic.kind={kind.value} with credit.gae.level=off: a critic would be trained and no credit "
+                f"would use its values. Use credit=gae, or loss.critic.kind=none."
+            )
+        ]
+    return []
+
+
+def gae_reads_signals(cfg: Config) -> list[Problem]:
+    """GAE is made of rewards."""
+    if not has_gae(cfg) or cfg.credit.gae.signals:
+        return []
+    return [
+        Problem(
+            f"credit.gae.signals is empty with credit.gae.level={cfg.credit.gae.level.value}: nothing would ever be "
+            f"earned, and the critic would learn to say 0. Name a signal, e.g. 'credit.gae.signals.outcome={{}}'."
+        )
+    ]
+
+
+def gspo_counts_trajectories(cfg: Config) -> list[Problem]:
+    """GSPO has one ratio for each trajectory, and a trajectory counts once."""
+    loss, found = cfg.loss, []
+    if loss.kind is not LossKind.gspo:
+        return []
+    if loss.aggregation is not Aggregation.seq_mean_token_mean:
+        found.append(
+            Problem(
+                f"loss.aggregation={loss.aggregation.value} with loss.kind=gspo: a trajectory's one ratio would count "
+                f"once for each of its tokens, so that long trajectories outweigh short ones. Use "
+                f"loss.aggregation=seq_mean_token_mean."
+            )
+        )
+    if max(loss.clip_low, loss.clip_high) > GSPO_CLIP:
+        found.append(
+            Problem(
+                f"loss.clip_low={loss.clip_low} and loss.clip_high={loss.clip_high} with loss.kind=gspo: the ratio of "
+                f"a trajectory is a mean over its tokens and moves far less than theirs, so it would hardly ever be "
+                f"clipped. Use loss=gspo, which clips at 0.0003 and 0.0004.",
+                fatal=False,
+            )
+        )
+    return found
+
+
+def custom_loss_is_named(cfg: Config) -> list[Problem]:
+    """A function is named exactly where it is used."""
+    kind, fn = cfg.loss.kind, cfg.loss.fn
+    if (kind is LossKind.custom) == bool(fn):
+        return []
+    if not fn:
+        text = "loss.kind=custom, and loss.fn names no function to compute it. Set loss.fn=my_loss.py:loss."
+    else:
+        text = f'loss.fn="{fn}" with loss.kind={kind.value} is never called. Use loss.kind=custom, or leave it empty.'
+    return [Problem(text)]
+
+
+def correction_can_work(cfg: Config) -> list[Problem]:
+    """The mismatch is known from the learner's own log-probs, and where there is none the weight is 1."""
+    loss, found = cfg.loss, []
+    if loss.correction is Correction.none:
+        return []
+    if loss.old_logprobs is not OldLogprobs.recompute:
+        found.append(
+            Problem(
+                f"loss.correction={loss.correction.value} with loss.old_logprobs={loss.old_logprobs.value}: the ratio "
+                f"of the loss is taken against the engine and holds the mismatch already, so it would be corrected "
+                f"twice. Use loss.old_logprobs=recompute, or loss.correction=none."
+            )
+        )
+    if not loss.correction_min <= 1 <= loss.correction_max:
+        found.append(
+            Problem(
+                f"loss.correction_min={loss.correction_min} and loss.correction_max={loss.correction_max} leave out 1, "
+                f"the weight of a token on which engine and learner agree: all of the batch would be cut. Use e.g. "
+                f"loss.correction_min=0 and loss.correction_max=2."
+            )
+        )
+    return found
+
+
+def nothing_set_is_unread(cfg: Config) -> list[Problem]:
+    """A switch that another one turns off does nothing."""
+    loss, gae = cfg.loss, cfg.credit.gae
+    unread = [
+        (
+            f"loss.dual_clip={loss.dual_clip}",
+            f"loss.kind={loss.kind.value} has no dual clip",
+            "loss.kind=ppo_clip, or loss.dual_clip=0",
+            loss.dual_clip and loss.kind is not LossKind.ppo_clip,
+        ),
+        (
+            f"loss.horizon_tokens={loss.horizon_tokens}",
+            f"loss.aggregation={loss.aggregation.value} divides by no horizon",
+            "loss.aggregation=seq_mean_token_sum_norm, or loss.horizon_tokens=0",
+            loss.horizon_tokens and loss.aggregation is not Aggregation.seq_mean_token_sum_norm,
+        ),
+        (
+            f'loss.critic.path="{loss.critic.path}"',
+            f"loss.critic.kind={loss.critic.kind.value} loads no model",
+            "loss.critic.kind=model, or leave it empty",
+            loss.critic.path and loss.critic.kind is not CriticKind.model,
+        ),
+        (
+            f"credit.gae.signals={{{', '.join(gae.signals)}}}",
+            "credit.gae.level=off reads none",
+            "credit.gae.level=step or token, or take them away",
+            gae.signals and not has_gae(cfg),
+        ),
+        (
+            "credit.whiten=true",
+            "credit.terms is empty, and the critic's part has credit.gae.whiten",
+            "credit.whiten=false, or add a term",
+            cfg.credit.whiten and not cfg.credit.terms,
+        ),
+    ]
+    return [
+        Problem(f"{setting} changes nothing: {why}. Use {what}.", fatal=False)
+        for setting, why, what, is_so in unread
+        if is_so
     ]

@@ -67,9 +67,9 @@ def depth_first_is_alone(cfg: Config) -> list[Problem]:
     if learner.num_processes > 1:
         found.append(
             Problem(
-                f"learner.layout=depth_first with learner.num_processes={learner.num_processes}: it calls the model once "
-                "for each segment of a tree, so ranks with different trees would wait for each other for ever. Use "
-                "learner.num_processes=1, or learner.layout=auto with learner.gradient_checkpointing=true."
+                f"learner.layout=depth_first with learner.num_processes={learner.num_processes}: it calls the model "
+                "once for each segment of a tree, so ranks with different trees would wait for each other for ever. "
+                "Use learner.num_processes=1, or learner.layout=auto with learner.gradient_checkpointing=true."
             )
         )
     if learner.weights_dtype != cfg.model.dtype:
@@ -82,8 +82,8 @@ def depth_first_is_alone(cfg: Config) -> list[Problem]:
     if learner.gradient_checkpointing:
         found.append(
             Problem(
-                "learner.layout=depth_first computes activations again by itself, so learner.gradient_checkpointing=true "
-                "would only do it twice. Use learner.gradient_checkpointing=false."
+                "learner.layout=depth_first computes activations again by itself, so "
+                "learner.gradient_checkpointing=true would only do it twice. Use learner.gradient_checkpointing=false."
             )
         )
     return found
@@ -97,8 +97,8 @@ def processes_have_devices(cfg: Config) -> list[Problem]:
     if 0 < gpus < learner.num_processes:
         return [
             Problem(
-                f"learner.num_processes={learner.num_processes}, but there are {gpus} GPUs and each process needs one of "
-                f"its own. Use learner.num_processes={gpus} or fewer."
+                f"learner.num_processes={learner.num_processes}, but there are {gpus} GPUs and each process needs one "
+                f"of its own. Use learner.num_processes={gpus} or fewer."
             )
         ]
     threads = learner.num_processes * learner.num_threads
@@ -106,8 +106,8 @@ def processes_have_devices(cfg: Config) -> list[Problem]:
         return []
     return [
         Problem(
-            f"learner.num_processes={learner.num_processes} of learner.num_threads={learner.num_threads} want {threads} "
-            f"cores and there are {cores}: they will slow each other down. Use learner.num_threads="
+            f"learner.num_processes={learner.num_processes} of learner.num_threads={learner.num_threads} want "
+            f"{threads} cores and there are {cores}: they will slow each other down. Use learner.num_threads="
             f"{max(1, cores // learner.num_processes)}.",
             fatal=False,
         )

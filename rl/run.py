@@ -17,12 +17,13 @@ from rewards.types import ScoredTree
 from rl import checkpoint
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest, forest_of
+from rl.credit.measured import measurements_needed, with_measured
 from rl.evaluate import evaluate, successes_of
 from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
 from rl.model import resolve_model
-from rl.policy.pack import TreeCredit
+from rl.policy.tree_credits import tree_credits
 from rl.progress import Progress
 from rl.record import Advantages, write_trees
 from rl.run_folder import RunFolder, installed_versions, open_run_folder, route_logs, settings
@@ -157,9 +158,14 @@ class Run:
 
     def assign(self, scored: list[ScoredTree]) -> Credit:
         """An advantage for every step and trajectory."""
+        needs = measurements_needed(self.cfg.credit)
         with self._stage("credit"):
-            self._forest = forest_of(scored)
-            credit = assign(self._forest, self.cfg.credit, self.cfg.rollout.max_steps)
+            forest = forest_of(scored)
+            if needs:
+                call = self._parts.learner.measure([each.tree for each in scored], needs)
+                forest = with_measured(forest, self._ask(call, "the learner to measure KL and values"))
+            self._forest = forest
+            credit = assign(forest, self.cfg.credit, self.cfg.rollout.max_steps)
         trained_N = credit.w0_N > 0
         num_trained = max(1, int(trained_N.sum()))
         for name, part_P in credit.parts.items():
@@ -171,7 +177,8 @@ class Run:
     def update(self, scored: list[ScoredTree], credit: Credit) -> None:
         """Train on the trees and bring the new weights to the engines."""
         assert self._forest is not None and self._parts.publisher is not None, "credit was assigned in a training run"
-        trees = tree_credits(scored, self._forest, credit)
+        grown = [each.tree for each in scored]
+        trees = tree_credits(grown, self._forest, credit, self.cfg.loss, self.cfg.rollout.max_context_tokens)
         with self._stage("update"):
             call = self._parts.learner.update.remote(trees, self.state.step)
             self._metrics |= self._ask(call, f"update {self.state.step}")
@@ -179,7 +186,7 @@ class Run:
         self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
         self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
         with self._stage("publish"):
-            self._metrics |= self._parts.publisher.publish(self.state.step, [each.tree for each in scored])
+            self._metrics |= self._parts.publisher.publish(self.state.step, grown)
 
     def finish_step(self, scored: list[ScoredTree], credit: Credit) -> None:
         """Write the step's metrics and trees, and a checkpoint when one is due."""
@@ -279,19 +286,6 @@ class Run:
             "worker_restarts": self._parts.pool.num_restarts,
             "versions": installed_versions(),
         }
-
-
-def tree_credits(scored: list[ScoredTree], forest: Forest, credit: Credit) -> list[TreeCredit]:
-    """Each tree with the loss weights of its rows, 0 for rows that are not trained."""
-    tables = [[[0.0] * len(each.tree.nodes) for each in scored] for _ in range(3)]
-    rows = list(zip(forest.prompt_N.tolist(), forest.row_N.tolist(), strict=True))
-    for table, weight_N in zip(tables, (credit.w_pos_N, credit.w_neg_N, credit.w0_N), strict=True):
-        for (prompt, row), weight in zip(rows, weight_N.tolist(), strict=True):
-            table[prompt][row] = weight
-    return [
-        TreeCredit(tree=each.tree, w_pos=w_pos, w_neg=w_neg, w0=w0)
-        for each, w_pos, w_neg, w0 in zip(scored, *tables, strict=True)
-    ]
 
 
 def advantage_tables(forest: Forest, credit: Credit, num_trees: int) -> list[Advantages]:

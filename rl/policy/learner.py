@@ -7,45 +7,37 @@ together, and rank 0 answers and writes.
 from __future__ import annotations
 
 import logging
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from conf.errors import ConfigError
 from conf.plugin import load_object
 from conf.schema import Config, CriticKind, Layout, LossKind, OldLogprobs
-from rl.credit.measured import Measured, Needs
+from rl.credit.measured import Measured, Needs, measurements_needed
 from rl.policy.layouts.choose import choose_layout, self_check, smallest_forest
 from rl.policy.load import load_critic, load_policy, load_reference
-from rl.policy.lora import base_causal_lm, load_adapter, merged_weights, save_adapter, without_adapters
-from rl.policy.model import EdgeOutputs
+from rl.policy.lora import without_adapters
+from rl.policy.model import EdgeOutputs, TreeCritic, TreePolicy
 from rl.policy.objective import Objective, Totals, objective
-from rl.policy.pack import PackedBatch, TreeCredit, pack, plan_packs
+from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, plan_packs
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
+from rl.policy.stored import read_checkpoint, write_checkpoint, write_engine_weights
+from rl.policy.tally import Tally
 from rl.policy.trained import Trained
 from rollout.seeds import derive_seed
-from rollout.tree import Node, Tree
+from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
 logger = logging.getLogger(__name__)
 
 PAD_MULTIPLE = {"cpu": 1, "cuda": 128}
 """On a GPU few distinct sizes let the caching allocator reuse its blocks; on a CPU padding is only work."""
-
-MODEL = "model"
-"""Folder of the policy inside a checkpoint; loads in transformers and vLLM as it is."""
-ADAPTER = "adapter"
-CRITIC = "critic.safetensors"
-OPTIMIZER = "optimizer.pt"
-WEIGHTS_TAG = {"format": "pt"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +49,10 @@ class MiniBatch:
     """Of all ranks."""
     can_learn: bool
     """False when every term of the loss has a zero gradient."""
+
+    def real_batches(self) -> list[PackedBatch]:
+        """Those that train something, unlike dummies that only keep step with other ranks."""
+        return [batch for batch in self.batches if not is_dummy(batch)]
 
 
 class Learner:
@@ -76,12 +72,15 @@ class Learner:
         policy = load_policy(cfg, model_path, self.device)
         requested = cfg.learner.layout
         self.layout, reason = choose_layout(policy.model, requested, self.device, ranks.size)
-        logger.info("learner.layout=%s: the policy trains by layout %s (%s)", requested.value, self.layout.value, reason)
+        logger.info(
+            "learner.layout=%s: the policy trains by layout %s (%s)", requested.value, self.layout.value, reason
+        )
         self._layout_checked = self.layout is Layout.trajectories
         self.policy = self._trained(policy, cfg.learner.learning_rate, cfg.learner.max_grad_norm)
         self.critic, self.critic_layout = self._load_critic()
         self.reference = None
-        if cfg.loss.kl_coef > 0 and not cfg.model.lora.rank:
+        compares = cfg.loss.kl_coef > 0 or measurements_needed(cfg.credit).kl
+        if compares and not cfg.model.lora.rank:  # adapters can be switched off, and what is left is the reference
             self.reference = load_reference(cfg, model_path, self.device)
         self.custom = load_object(cfg.loss.fn, key="loss.fn") if cfg.loss.kind is LossKind.custom else None
 
@@ -100,46 +99,49 @@ class Learner:
         """
         torch.manual_seed(derive_seed(self.cfg.seed, "dropout", step, self.ranks.rank))
         self._check_layout(trees)
-        tally = Tally(learning_rate=self._set_learning_rates(step))
+        learning_rate = self._set_learning_rates(step)
         trains_policy = step >= self.cfg.loss.critic.warmup_steps or self.cfg.loss.critic.kind is CriticKind.none
         mini_batches = [self._mini_batch(part) for part in self._parts(trees, step)]
         self._prepare(mini_batches)
+        tally = Tally()
+        for mini_batch in mini_batches:
+            for batch in mini_batch.real_batches():
+                tally.count(batch)
         for epoch in range(self.cfg.learner.epochs):
             for number, mini_batch in enumerate(mini_batches):
-                self._accumulate(mini_batch, tally, trains_policy=trains_policy, untouched=epoch == number == 0)
+                tally.add(self._accumulate(mini_batch, trains_policy=trains_policy, untouched=epoch == number == 0))
                 if mini_batch.can_learn:
                     self._step(tally, trains_policy=trains_policy)
-            tally.num_mini_batches += len(mini_batches)
-        return tally.metrics(self.ranks)
+        return tally.metrics(self.ranks) | {"learner/learning_rate": learning_rate}
 
     @torch.no_grad()
     def measure(self, trees: Sequence[Tree], needs: Needs) -> list[Measured]:
-        """What credit must know of the policy, at every trained step of `trees`.
+        """What credit must know of the policy, at every step of a trained path.
 
         Returns: one per tree, on rank 0; [] elsewhere.
         """
         whole = [_unweighted(tree) for tree in trees]
-        place = {id(credit.tree): number for number, credit in enumerate(whole)}
-        found: list[tuple[int, int, list[float] | None, list[float] | None]] = []
+        number_of = {id(tree): number for number, tree in enumerate(trees)}
+        found = []
         for packed_trees in self._own_packs(whole):
             batch = self._packed(packed_trees)
-            values_E = self._values(batch) if needs.value else None
-            divergence_E = None
-            if needs.kl:
-                divergence_E = self._forward(batch).logprob_E - self._reference_logprobs(batch)
-            if is_dummy(batch):
-                continue
+            value_E = self._values(batch) if needs.value else None
+            kl_E = self._policy_logprobs(batch) - self._reference_logprobs(batch) if needs.kl else None
             for number, row, edges in edges_of_steps(batch, packed_trees):
-                tree = place[id(packed_trees[number].tree)]
-                kl = None if divergence_E is None else divergence_E[edges].tolist()
-                found.append((tree, row, kl, None if values_E is None else values_E[edges].tolist()))
+                kl = math.nan if kl_E is None else kl_E[edges].sum().item()
+                value = [] if value_E is None else value_E[edges].tolist()
+                found.append((number_of[id(packed_trees[number].tree)], row, kl, value))
         gathered = self.ranks.gather(found)
         if gathered is None:
             return []
-        measured = [Measured.empty(len(tree.nodes), needs) for tree in trees]
-        for tree, row, kl, value in (item for part in gathered for item in part):
-            measured[tree].fill(row, kl, value)
-        return measured
+        kl = [[math.nan] * len(tree.nodes) for tree in trees]
+        values: list[list[list[float]]] = [[[] for _ in tree.nodes] for tree in trees]
+        for number, row, step_kl, step_values in (step for part in gathered for step in part):
+            kl[number][row], values[number][row] = step_kl, step_values
+        return [
+            Measured(kl=tree_kl if needs.kl else None, value=tree_values if needs.value else None)
+            for tree_kl, tree_values in zip(kl, values, strict=True)
+        ]
 
     @torch.no_grad()
     def score(self, samples: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
@@ -147,57 +149,22 @@ class Learner:
 
         The weight canary compares it with what the engines say; nothing of the packed path is used.
         """
-        batch = self._packed([_chain(number, *sample) for number, sample in enumerate(samples)])
-        output = self.policy.module(batch, Layout.trajectories, temperature=1.0)
-        return [output.logprob_E[edges].tolist() for _, _, edges in edges_of_steps(batch, range(len(samples)))]
+        chains = [_chain(number, *sample) for number, sample in enumerate(samples)]
+        batch = self._packed(chains)
+        logprob_E = self.policy.module(batch, Layout.trajectories, temperature=1.0).logprob_E
+        return [logprob_E[edges].tolist() for _, _, edges in edges_of_steps(batch, chains)]
 
     def save_weights(self, path: str | Path) -> None:
-        """Write what the engines load: one safetensors file in model.dtype, Hugging Face names, a tied head left out.
-
-        The file appears whole or not at all, so that an engine never reads half of it.
-        """
-        weights = self._model_weights()
-        if self.ranks.rank == 0:
-            dtype = getattr(torch, self.cfg.model.dtype)
-            _write(Path(path), {name: weight.to(dtype) for name, weight in weights.items()})
+        """Write what the engines load."""
+        write_engine_weights(Path(path), self.policy, self.cfg, self.ranks)
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint: the policy as a Hugging Face folder, and all that training on needs."""
-        folder = Path(folder)
-        weights, policy_state = self.policy.weights(), self.policy.optimizer_state()
-        critic = None if self.critic is None else (self.critic.weights(), self.critic.optimizer_state())
-        if self.ranks.rank != 0:
-            return
-        base = base_causal_lm(self.policy.module.model)
-        base.save_pretrained(folder / MODEL, state_dict=self._merged(weights))
-        AutoTokenizer.from_pretrained(self.model_path).save_pretrained(folder / MODEL)
-        states = {"policy": policy_state, "value_head": {k: v for k, v in weights.items() if k.startswith("value_head")}}
-        if self.cfg.model.lora.rank:
-            save_adapter(self.policy.module.model, weights, folder / ADAPTER)
-        if critic is not None:
-            _write(folder / CRITIC, critic[0])
-            states["critic"] = critic[1]
-        torch.save(states, folder / OPTIMIZER)
+        """Write a checkpoint: the policy as a Hugging Face folder, and what else training goes on from."""
+        write_checkpoint(Path(folder), self.policy, self.critic, self.cfg, self.ranks, self.model_path)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint folder, without executing anything stored in it."""
-        folder = Path(folder)
-        weights: dict[str, Tensor] = {}
-        states: dict[str, Any] = {"policy": {}, "critic": {}, "value_head": {}}
-        if self.ranks.rank == 0:
-            states |= torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
-            weights = states["value_head"] | self._stored_model(folder)
-        self.policy.load_weights(weights)
-        self.policy.load_optimizer_state(states["policy"])
-        if self.critic is not None:
-            self.critic.load_weights(load_file(folder / CRITIC) if self.ranks.rank == 0 else {})
-            self.critic.load_optimizer_state(states["critic"])
-
-    def _stored_model(self, folder: Path) -> dict[str, Tensor]:
-        if self.cfg.model.lora.rank:
-            return load_adapter(folder / ADAPTER)
-        model = load_causal_lm(str(folder / MODEL), self.cfg.learner.weights_dtype)
-        return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+        read_checkpoint(Path(folder), self.policy, self.critic, self.cfg, self.ranks)
 
     def _trained(self, module: TreePolicy | TreeCritic, learning_rate: float, max_grad_norm: float) -> Trained:
         return Trained(
@@ -215,7 +182,7 @@ class Learner:
         if critic.kind is not CriticKind.model:
             return None, self.layout
         module = load_critic(self.cfg, critic.path or self.model_path, self.device)
-        layout, reason = choose_layout(module.model, self.cfg.learner.layout, self.device, self.ranks.size)
+        layout, reason = choose_layout(module.backbone, self.cfg.learner.layout, self.device, self.ranks.size)
         logger.info("the critic trains by layout %s (%s)", layout.value, reason)
         return self._trained(module, critic.learning_rate, critic.max_grad_norm), layout
 
@@ -239,8 +206,8 @@ class Learner:
                 f"plain trajectories do ({found}), so training would be inexact. Use learner.layout=trajectories."
             )
         logger.warning(
-            "layout %s computes other log-probabilities or gradients for this model than plain trajectories do (%s): the "
-            "run goes on by layout trajectories, which is slower and exact",
+            "layout %s computes other log-probabilities or gradients for this model than plain trajectories do (%s): "
+            "the run goes on by layout trajectories, which is slower and exact",
             self.layout.value,
             found,
         )
@@ -285,21 +252,23 @@ class Learner:
         for mini_batch in mini_batches:
             for batch in mini_batch.batches:
                 if recomputes:
-                    batch.old_logprob_E = self._forward(batch).logprob_E.double()
+                    batch.old_logprob_E = self._policy_logprobs(batch).double()
                 if self.cfg.loss.kl_coef > 0:
                     batch.reference_logprob_E = self._reference_logprobs(batch).double()
 
-    def _accumulate(self, mini_batch: MiniBatch, tally: Tally, *, trains_policy: bool, untouched: bool) -> None:
-        """Add the gradients of a mini-batch.
+    def _accumulate(self, mini_batch: MiniBatch, *, trains_policy: bool, untouched: bool) -> list[Objective]:
+        """Add the gradients of a mini-batch; returns what its real packs came to.
 
         Args:
             untouched: no update of this step has moved the policy yet.
         """
+        recomputes = self.cfg.loss.old_logprobs is OldLogprobs.recompute
+        found = []
         for batch in mini_batch.batches:
-            outputs = self._forward(batch, trains_trunk=trains_policy)
-            if untouched and self.cfg.loss.old_logprobs is OldLogprobs.recompute:
+            outputs = self._forward(batch, trains_policy=trains_policy)
+            if untouched and recomputes:
                 batch.old_logprob_E = outputs.logprob_E.detach().double()
-            found = objective(
+            part = objective(
                 outputs,
                 batch,
                 self.cfg.loss,
@@ -308,9 +277,10 @@ class Learner:
                 measures_gap=untouched,
                 custom=self.custom,
             )
-            found.loss.backward()
+            part.loss.backward()
             if not is_dummy(batch):
-                tally.add(batch, found)
+                found.append(part)
+        return found
 
     def _step(self, tally: Tally, *, trains_policy: bool) -> None:
         if self.critic is not None:
@@ -320,9 +290,15 @@ class Learner:
         else:
             self.policy.optimizer.zero_grad()
 
-    def _forward(self, batch: PackedBatch, *, trains_trunk: bool = True) -> EdgeOutputs:
-        outputs = self.policy.module(batch, self.layout, trains_trunk=trains_trunk)
-        return outputs if self.critic is None else replace(outputs, value_E=self._values(batch))
+    def _forward(self, batch: PackedBatch, *, trains_policy: bool = True) -> EdgeOutputs:
+        if self.critic is None:  # while it warms up, a value head learns and the trunk below it does not
+            return self.policy.module(batch, self.layout, trains_trunk=trains_policy)
+        with torch.set_grad_enabled(trains_policy and torch.is_grad_enabled()):
+            outputs = self.policy.module(batch, self.layout)
+        return replace(outputs, value_E=self._values(batch))
+
+    def _policy_logprobs(self, batch: PackedBatch) -> Tensor:
+        return self.policy.module(batch, self.layout).logprob_E
 
     def _values(self, batch: PackedBatch) -> Tensor:
         if self.critic is not None:
@@ -336,15 +312,6 @@ class Learner:
             return self.reference(batch, self.layout).logprob_E
         with without_adapters(self.policy.module.model):
             return self.policy.module(batch, self.layout).logprob_E
-
-
-def edges_of_steps(batch: PackedBatch, trees: Sequence[TreeCredit]) -> Iterator[tuple[int, int, slice]]:
-    """Of each trained step: the number of its tree in the pack, its row, and its edges."""
-    start = 0
-    for number, row in batch.trained_steps:
-        stop = start + len(trees[number].tree.nodes[row].action_ids)
-        yield number, row, slice(start, stop)
-        start = stop
 
 
 def _trains(credit: TreeCredit) -> bool:

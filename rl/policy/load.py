@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conf.errors import ConfigError
 from conf.schema import Config, CriticKind
-from rl.policy.layouts.attention import ATTENTION_NAME, register_tree_attention
 from rl.policy.lora import with_lora
 from rl.policy.model import TreeCritic, TreePolicy
 from rollout.seeds import derive_seed
@@ -43,22 +41,8 @@ def load_critic(cfg: Config, path: str, device: torch.device) -> TreeCritic:
 
 
 def load_causal_lm(path: str, dtype: str) -> PreTrainedModel:
-    """A Hugging Face causal LM with the tree attention.
-
-    Raises: ConfigError for one that cannot take an attention function of ours.
-    """
-    register_tree_attention()
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME
-        )
-    except ValueError as error:
-        if "attn_implementation" not in str(error) and "attention" not in str(error):
-            raise
-        raise ConfigError(
-            f"the model in {path} does not let its attention be replaced ({error}), so a packed tree cannot tell it who "
-            "sees whom. Use a model that transformers itself implements, such as Qwen3, Llama or Gemma."
-        ) from error
+    """A Hugging Face causal LM; the layout chooses its attention."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

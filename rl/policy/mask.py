@@ -1,8 +1,8 @@
 """Who sees whom in a pack: all of it follows from `end_T`, one integer per token.
 
 `end_T[k]` is one past the last token of the subtree below token k in depth-first order, so token q sees token k exactly
-if k <= q < end_T[k]. In a layer with a sliding window of W tokens it must also be less than W tokens above q on the path,
-which counts q itself, as transformers' own sliding windows do.
+if k <= q < end_T[k]. In a layer with a sliding window of W tokens, k must also be less than W tokens above q on the
+path: q itself counts, as in transformers' own sliding windows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def block_table(end_T: Tensor, block: int = 128, window: int | None = None) -> t
         end_T: int64 [T]; T is a multiple of `block`.
         block: tokens on a side.
         window: see `ancestor_mask`.
-    Returns: (seen_BB, whole_BB), bool [T / block, T / block], rows are blocks of queries; whole blocks are seen ones too.
+    Returns: (seen_BB, whole_BB), bool [T / block, T / block], rows are blocks of queries; a whole block is also seen.
     """
     assert len(end_T) % block == 0, "packs for a block table are padded to whole blocks"
     end_BN = end_T.view(-1, block)
@@ -87,6 +87,17 @@ def ancestor_ranges(end_T: Tensor) -> list[list[tuple[int, int]]]:
         ranges.append(_joined(open_segments))
         open_segments.append((start, stop))
     return ranges
+
+
+def last_tokens(ranges: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The last `count` tokens of ranges in order; all of them where they hold fewer."""
+    kept: list[tuple[int, int]] = []
+    for start, stop in reversed(ranges):
+        if count <= 0:
+            break
+        kept.append((max(start, stop - count), stop))
+        count -= stop - start
+    return kept[::-1]
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

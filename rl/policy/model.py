@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conf.schema import Layout
 from rl.policy.layouts.hidden import tree_hidden
-from rl.policy.logprobs import edge_logprobs
+from rl.policy.logprobs import edge_logprobs, output_head
+from rl.policy.lora import base_causal_lm
 from rl.policy.pack import PackedBatch
 
 HEAD_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that exist at once; about three times as many floats are held while a chunk is computed."""
+"""Logits that exist at once; two to three times as many floats are held while a chunk is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,16 @@ class TreePolicy(nn.Module):
     whole wherever `forward` reads it.
 
     Args:
-        model: loaded with attn_implementation="grove_tree".
+        model: loaded with attn_implementation="grove_tree"; with adapters or without.
         temperature: the logits are divided by it.
         has_value_head: adds a linear layer on the last hidden state.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float, *, has_value_head: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, temperature: float, *, has_value_head: bool = False) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.value_head = zero_head(model) if has_value_head else None
+        self.value_head = zero_head(base_causal_lm(model)) if has_value_head else None
 
     def forward(
         self, batch: PackedBatch, layout: Layout, *, temperature: float | None = None, trains_trunk: bool = True
@@ -54,15 +56,16 @@ class TreePolicy(nn.Module):
             temperature: other than the policy's own.
             trains_trunk: False keeps the gradient of the values in the value head.
         """
-        hidden_TD = tree_hidden(self.model.base_model, batch, layout)
-        head = head_weight(self.model)
+        model = base_causal_lm(self.model)
+        hidden_TD = tree_hidden(model.base_model, batch, layout)
+        head = output_head(model)
         logprob_E, entropy_E = edge_logprobs(
             hidden_TD,
             head,
             batch.edge_row_E,
             batch.edge_target_E,
             self.temperature if temperature is None else temperature,
-            chunk_rows=max(1, HEAD_CHUNK_LOGITS[hidden_TD.device.type] // len(head)),
+            chunk_rows=max(1, HEAD_CHUNK_LOGITS[hidden_TD.device.type] // len(head.weight_VD)),
         )
         value_E = None
         if self.value_head is not None:
@@ -94,11 +97,5 @@ def zero_head(model: PreTrainedModel) -> nn.Linear:
 def edge_values(head: nn.Linear, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
     """The head's value [E] of the state that each edge is predicted from, at least float32."""
     value_E = head(hidden_TD.index_select(0, batch.edge_row_E))[:, 0]
-    return value_E.to(torch.promote_types(value_E.dtype, torch.float32))
-
-
-def head_weight(model: PreTrainedModel) -> Tensor:
-    """Weight [V, D] of the output layer, the input embedding where they are tied."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear), "a causal LM ends in a linear layer"
-    return head.weight
+    # A copy: FSDP warns of outputs that are views.
+    return value_E.to(torch.promote_types(value_E.dtype, torch.float32), copy=True)

@@ -7,7 +7,7 @@ in its own path, and an edge is one trained prediction: the row it is read from 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -226,6 +226,15 @@ def plan_packs(trees: Sequence[TreeCredit], budget_tokens: int) -> list[list[Tre
         packs[fitting].append(shards[index])
         room[fitting] -= sizes[index]
     return packs
+
+
+def edges_of_steps(batch: PackedBatch, trees: Sequence[TreeCredit]) -> Iterator[tuple[int, int, slice]]:
+    """Of each trained step: the number of its tree in the pack, its row, and its edges."""
+    start = 0
+    for number, row in batch.trained_steps:
+        stop = start + len(trees[number].tree.nodes[row].action_ids)
+        yield number, row, slice(start, stop)
+        start = stop
 
 
 def unique_tokens(credit: TreeCredit) -> int:

@@ -1,4 +1,4 @@
-"""A module in training: its optimiser, its learning rate, and how it steps, is saved and is loaded on one rank or many."""
+"""A module in training, on one rank or many: its optimiser, its learning rate, how it steps, is saved and is loaded."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class Trained:
         """All weights by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         return full_weights(self.module)
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take weights that `weights` gave; only rank 0 needs them. Collective."""
-        load_full_weights(self.module, weights)
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Moments, whole, on the CPU of rank 0, loadable by torch.load(weights_only=True). Collective."""
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Moments by parameter, whole, on the CPU of rank 0, for torch.load(weights_only=True). Collective."""
         return full_optimizer_state(self.module, self.optimizer)
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Take back what `optimizer_state` gave; only rank 0 needs it. Collective."""
-        load_full_optimizer_state(self.module, self.optimizer, state)
+    def load(self, weights: dict[str, Tensor], optimizer_state: dict[str, dict[str, Any]]) -> None:
+        """Take back what `weights` and `optimizer_state` gave; only rank 0 needs them. Collective.
+
+        Raises: CheckpointError when they are of another module or another optimiser.
+        """
+        load_full_weights(self.module, weights)
+        load_full_optimizer_state(self.module, self.optimizer, optimizer_state)

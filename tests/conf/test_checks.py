@@ -6,17 +6,37 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from conf.check_machine import num_cores, num_gpus
 from conf.checks import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, SHARES, problems, require_runnable
 from conf.compose import compose
 from conf.errors import ConfigError
-from conf.keys import all_keys
-from conf.schema import Config, EngineKind, ExpanderKind, Normalizer, Scope, SourceConfig, TermConfig, TrackerMode
+from conf.keys import CONFIG_DIR, all_keys, group_choices
+from conf.schema import (
+    Aggregation,
+    Config,
+    Correction,
+    CreditConfig,
+    CriticKind,
+    EngineKind,
+    ExpanderKind,
+    GaeLevel,
+    LossConfig,
+    LossKind,
+    Normalizer,
+    OldLogprobs,
+    Scope,
+    SignalUse,
+    SourceConfig,
+    TermConfig,
+    TrackerMode,
+)
 
 Change = Callable[..., Config]
 
@@ -493,3 +513,167 @@ def test_one_trajectory_has_nothing_to_be_compared_with(demo: Change):
     assert texts(cfg) == []  # the term "step" still compares the steps of that one trajectory
     del cfg.credit.terms["step"]
     assert only(cfg).startswith("rollout.num_leaves=1 gives each prompt one trajectory")
+
+
+# A critic, and the parts of a loss
+
+
+def with_gae(**values: Any) -> dict[str, Any]:
+    """GAE with a critic, both as their groups set them."""
+    signals = {"outcome": SignalUse(), "step": SignalUse()}
+    gae = {"credit.gae.level": GaeLevel.token, "credit.gae.signals": signals, "credit.terms": {}}
+    return {**gae, "loss.critic.kind": CriticKind.value_head, "loss.clip_high": 0.2, **values}
+
+
+def test_gae_with_a_critic_needs_no_terms(demo: Change):
+    assert problems(demo(with_gae())) == []
+    assert texts(demo(with_gae(**{"rollout.num_leaves": 1, "rollout.expander": ExpanderKind.chains}))) == []
+
+
+def test_gae_without_a_critic(demo: Change):
+    text = only(demo(with_gae(**{"loss.critic.kind": CriticKind.none})))
+    assert text.startswith("credit.gae.level=token with loss.critic.kind=none: there are no values")
+    assert "Use loss=ppo" in text
+
+
+def test_critic_that_no_credit_uses(demo: Change):
+    text = only(demo({"loss.critic.kind": CriticKind.model}))
+    assert text.startswith("loss.critic.kind=model with credit.gae.level=off: a critic would be trained and no credit")
+    assert "Use credit=gae, or loss.critic.kind=none." in text
+
+
+def test_gae_without_signals(demo: Change):
+    sources = {name: replace(source, weight=0.0) for name, source in demo().rewards.sources.items()}
+    text = only(demo(with_gae(**{"credit.gae.signals": {}, "rewards.sources": sources})))
+    assert text.startswith("credit.gae.signals is empty with credit.gae.level=token: nothing would ever be earned")
+
+
+def test_signal_of_gae_that_no_source_feeds(demo: Change):
+    text = texts(demo(with_gae(**{"credit.gae.signals": {"outcom": SignalUse()}})))[0]
+    assert text.startswith('credit.gae.signals names "outcom", which no source feeds')
+    assert text.endswith('Did you mean "outcome"?')
+
+
+def test_term_with_the_name_of_the_critics_part(demo: Change):
+    term = demo().credit.terms["trajectory"]
+    assert "credit.terms.gae has the name under which records show" in only(
+        demo(with_gae(**{"credit.terms": {"gae": term}}))
+    )
+
+
+def test_signals_that_the_learner_measures_need_no_source(demo: Change):
+    kl = SignalUse(scale=-0.05)
+    assert texts(demo({"credit.terms.trajectory.signals": {"outcome": SignalUse(), "path_kl": kl}})) == []
+    assert texts(demo({"credit.terms.step.signals": {"step": SignalUse(), "kl": kl}})) == []
+
+
+def test_kl_of_a_step_is_no_value_of_a_trajectory(demo: Change):
+    text = only(demo({"credit.terms.trajectory.signals": {"outcome": SignalUse(), "kl": SignalUse()}}))
+    assert text.startswith('credit.terms.trajectory.signals names "kl", which scores steps (measured by the learner)')
+    assert "Use path_kl, its sum over the trajectory" in text
+
+
+@pytest.mark.parametrize("signal", ["kl", "path_kl"])
+def test_source_that_takes_the_name_of_what_is_measured(demo: Change, signal: str):
+    text = only(demo({"rewards.sources.tool_success.signal": signal}))
+    assert text.startswith(f'rewards.sources.tool_success.signal="{signal}" is the name of what the learner measures')
+
+
+def test_one_trajectory_can_be_compared_with_other_prompts(demo: Change):
+    cfg = demo({"rollout.num_leaves": 1, "credit.terms.trajectory.scope": Scope.batch})
+    del cfg.credit.terms["step"]
+    assert texts(cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (
+            {"loss.kind": LossKind.gspo, "loss.clip_low": 3e-4, "loss.clip_high": 4e-4},
+            "loss.aggregation=token_mean with loss.kind=gspo: a trajectory's one ratio would count once for each",
+        ),
+        ({"loss.kind": LossKind.custom}, "loss.kind=custom, and loss.fn names no function to compute it."),
+        ({"loss.fn": "my_loss.py:loss"}, 'loss.fn="my_loss.py:loss" with loss.kind=ppo_clip is never called.'),
+        (
+            {"loss.correction": Correction.token_mask},
+            "loss.correction=token_mask with loss.old_logprobs=engine: the ratio of the loss is taken against the",
+        ),
+        (
+            {
+                "loss.correction": Correction.token_truncate,
+                "loss.old_logprobs": OldLogprobs.recompute,
+                "loss.correction_max": 0.5,
+            },
+            "loss.correction_min=0.0 and loss.correction_max=0.5 leave out 1, the weight of a token on which engine",
+        ),
+    ],
+)
+def test_parts_of_a_loss_that_do_not_fit(demo: Change, values: dict[str, Any], part: str):
+    assert only(demo(values)).startswith(part)
+
+
+def test_correction_against_the_learners_own_logprobs_is_taken(demo: Change):
+    values = {"loss.correction": Correction.sequence_mask, "loss.old_logprobs": OldLogprobs.recompute}
+    assert problems(demo(values)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (
+            {"loss.kind": LossKind.reinforce, "loss.dual_clip": 3.0},
+            "loss.dual_clip=3.0 changes nothing: loss.kind=rein",
+        ),
+        (
+            {"loss.horizon_tokens": 64},
+            "loss.horizon_tokens=64 changes nothing: loss.aggregation=token_mean divides by no",
+        ),
+        ({"loss.critic.path": "gpt2"}, 'loss.critic.path="gpt2" changes nothing: loss.critic.kind=none loads no model'),
+        (
+            {"credit.gae.signals": {"outcome": None}},
+            "credit.gae.signals={outcome} changes nothing: credit.gae.level=off",
+        ),
+        (with_gae(**{"credit.whiten": True}), "credit.whiten=true changes nothing: credit.terms is empty"),
+    ],
+)
+def test_setting_that_another_one_turns_off_is_warned_of(demo: Change, values: dict[str, Any], part: str):
+    assert only(demo(values), fatal=False).startswith(part)
+
+
+def test_clip_of_tokens_is_far_too_wide_for_a_trajectorys_ratio(demo: Change):
+    values = {"loss.kind": LossKind.gspo, "loss.aggregation": Aggregation.seq_mean_token_mean}
+    text = only(demo(values), fatal=False)
+    assert text.startswith("loss.clip_low=0.2 and loss.clip_high=0.28 with loss.kind=gspo")
+    assert "Use loss=gspo" in text
+
+
+def shipped(group: str, name: str, record: type) -> Any:
+    """A choice of a group on top of the schema's defaults."""
+    return OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(record), OmegaConf.load(CONFIG_DIR / f"{group}/{name}.yaml"))
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in group_choices()["loss"] if name != "ppo"])
+def test_shipped_losses_have_no_problem_and_no_warning(demo: Change, name: str):
+    assert problems(demo({"loss": shipped("loss", name, LossConfig)})) == []
+
+
+@pytest.mark.parametrize(
+    ("credit", "loss"),
+    [
+        ("grpo", "grpo"),
+        ("dr_grpo", "dr_grpo"),
+        ("rloo", "rloo"),
+        ("reinforce_pp", "reinforce_pp"),
+        ("reinforce_pp_baseline", "reinforce_pp_baseline"),
+        ("gae", "ppo"),
+        ("gdpo", "dapo"),
+    ],
+)
+def test_shipped_algorithms_of_the_outcome_have_no_problem_and_no_warning(demo: Change, credit: str, loss: str):
+    values = {"credit": shipped("credit", credit, CreditConfig), "loss": shipped("loss", loss, LossConfig)}
+    values |= {"rollout.expander": ExpanderKind.chains, "rewards.sources.progress.weight": 0.0}
+    if credit == "gdpo":
+        values["rewards.sources.short"] = SourceConfig(fn="rewards.sources.length:soft_overlong", signal="length")
+    assert problems(demo(values)) == []

@@ -1,72 +1,55 @@
-"""Attention over a pack by segments, on any device.
+"""Attention over a pack by groups of segments, on any device.
 
-The pack is cut into its segments (runs without a fork). A segment's keys are its ancestors and itself, so the last key
-belongs to its last query and plain causal order holds inside. Segments of like shape share one call: agents make
-hundreds of segments of a few tokens, and one call for each would cost more than the attention itself.
+The pack is cut into chunks of neighbouring tokens. All that a chunk's tokens see lies on the path of its first token or
+in the chunk, so a chunk is one attention call over [that path | chunk] under a small mask. At best a chunk is one
+segment (a run without a fork), which wastes nothing but the triangle above its diagonal. But agents make hundreds of
+segments of a few tokens, and siblings share their path, so neighbours are joined wherever one larger call is cheaper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.autograd.function import once_differentiable
 
-from rl.policy.mask import ancestor_ranges, segments
+from rl.policy.layouts.attention import masked_attention
+from rl.policy.mask import ancestor_ranges, depths, last_tokens, segments
 
-QUERY_MULTIPLE = 8
-KEY_MULTIPLE = 32
-LONG_TOKENS = 512
-"""Lengths below this are rounded up to a multiple, so that short segments fall into few shapes; longer ones keep their
-own shape, because a call is then worth its cost and padding, with the mask it needs, is not."""
+PIECE_TOKENS = 256
+"""Segments are first cut into pieces of at most this length, so that long ones need not pay for a whole square."""
+
+CALL_PAIRS = {"cpu": 2**12, "cuda": 2**17}
+"""What one more call costs, in pairs of a query and a key; measured on a CPU, estimated for a GPU."""
+
+KEY_PAIRS = 16
+"""What it costs to bring one more key and value into a call, and its gradient back, in pairs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Queries [start, stop) and the ranges of tokens before `start` that all of them see."""
+class Chunk:
+    """One call: queries [start, stop) and the ranges of tokens that are its keys, the chunk itself last."""
 
     start: int
     stop: int
-    ancestors: list[tuple[int, int]]
-
-    def num_queries(self) -> int:
-        """Tokens of the segment."""
-        return self.stop - self.start
-
-    def num_keys(self) -> int:
-        """Tokens its last query sees."""
-        return sum(stop - start for start, stop in self.key_ranges())
-
-    def key_ranges(self) -> list[tuple[int, int]]:
-        """Ranges of its keys, in the order of its path."""
-        return [*self.ancestors, (self.start, self.stop)]
+    key_ranges: list[tuple[int, int]]
+    mask_QK: Tensor | None
+    """bool [Q, K]; None where the chunk begins a tree and never forks, which is plain causal order."""
 
 
-@dataclass(slots=True)
-class Block:
-    """G segments of one shape, padded on the left, so that the last key belongs to the last query in all of them."""
-
-    num_segments: int
-    num_queries: int
-    num_keys: int
-    mask_G1QK: Tensor
-    """bool [G, 1, Q, K], or [1, 1, Q, K] where no segment is padded."""
-
-
-@dataclass(slots=True)
 class SegmentPlan:
-    """What one pack's attention needs in every layer; made once per pack."""
+    """The chunks of one pack, for each window that a layer asks for.
 
-    query_index: Tensor
-    """int64, token of every query of every block, padding included."""
-    key_index: Tensor
-    """int64, token of every key of every block, padding included."""
-    output_index_T: Tensor
-    """int64 [T], where each token's result is among the queries."""
-    blocks: list[Block]
+    Args:
+        end_T: int64 [T], see `rl.policy.mask`; the masks are on its device.
+    """
+
+    def __init__(self, end_T: Tensor) -> None:
+        self.end_T = end_T
+        self._chunks: dict[int | None, list[Chunk]] = {}
 
     def attend(
         self,
@@ -80,80 +63,124 @@ class SegmentPlan:
         layer: int,
     ) -> Tensor:
         """See `rl.policy.layouts.attention.AttentionPlan`."""
-        assert window is None and softcap is None, "not yet"
-        num_heads, head_dim = query.shape[1], query.shape[3]
-        query_QHD = query[0].transpose(0, 1).index_select(0, self.query_index)
-        # Keys and values are gathered as one tensor: the gather, and the scattered addition behind it, dominate.
-        pair_KHD = torch.cat([key[0], value[0]], dim=-1).transpose(0, 1).index_select(0, self.key_index)
-        blocks = self.blocks
-        queries = query_QHD.split([block.num_segments * block.num_queries for block in blocks])
-        pairs = pair_KHD.split([block.num_segments * block.num_keys for block in blocks])
-        outputs = [_attend(*block, scaling) for block in zip(blocks, queries, pairs, strict=True)]
-        output_THD = torch.cat(outputs).index_select(0, self.output_index_T)
-        return output_THD.view(1, -1, num_heads, head_dim)
+        chunks = self.chunks(window)
+        ranges = [chunk.key_ranges for chunk in chunks]
+        keys, values = _Gathered.apply(key, ranges), _Gathered.apply(value, ranges)
+        queries = query.split([chunk.stop - chunk.start for chunk in chunks], dim=2)
+        calls = zip(queries, keys, values, [chunk.mask_QK for chunk in chunks], strict=True)
+        outputs = [masked_attention(*call, scaling=scaling, softcap=softcap) for call in calls]
+        return torch.cat(outputs, dim=1)
+
+    def chunks(self, window: int | None) -> list[Chunk]:
+        """The calls that a layer makes, in the order of the pack."""
+        if window not in self._chunks:
+            self._chunks[window] = plan_chunks(self.end_T, window)
+        return self._chunks[window]
 
 
-def plan_segments(end_T: Tensor) -> SegmentPlan:
-    """Group a pack's segments into blocks.
+def plan_chunks(end_T: Tensor, window: int | None = None) -> list[Chunk]:
+    """Cut a pack into chunks: pieces of segments, joined to the piece before while that makes the sum of costs smaller.
 
     Args:
-        end_T: int64 [T], see `rl.policy.mask`; the plan's tensors are on its device.
+        end_T: int64 [T], see `rl.policy.mask`.
+        window: see `AttentionPlan.attend`; a chunk leaves out what none of its tokens sees.
     """
+    depth_T = depths(end_T)
+    depth = depth_T.tolist()
+    call_pairs = CALL_PAIRS.get(end_T.device.type, CALL_PAIRS["cuda"])
+
+    def num_hidden(start: int, shallowest: int) -> int:
+        """Tokens at the top of the path of `start` that are out of every query's window."""
+        return 0 if window is None else min(depth[start], max(0, shallowest - window + 1))
+
+    def cost(piece: _Piece) -> int:
+        num_queries = piece.stop - piece.start
+        num_keys = num_queries + depth[piece.start] - num_hidden(piece.start, piece.shallowest)
+        # Kernels for plain causal order leave out the upper triangle.
+        num_pairs = num_queries * num_keys // (2 if piece.is_causal else 1)
+        return call_pairs + KEY_PAIRS * num_keys + num_pairs
+
+    joined: list[_Piece] = []
+    for piece in _pieces(end_T, depth, window):
+        if joined:
+            both = joined[-1].followed_by(piece, window)
+            if cost(both) <= cost(joined[-1]) + cost(piece):
+                joined[-1] = both
+                continue
+        joined.append(piece)
+
+    return [_chunk(piece, num_hidden(piece.start, piece.shallowest), end_T, depth_T, window) for piece in joined]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Neighbouring tokens that may become a chunk."""
+
+    start: int
+    stop: int
+    ancestors: list[tuple[int, int]]
+    """Ranges of the path before `start`."""
+    segment: int
+    """Number of the segment it lies in; -1 for several."""
+    shallowest: int
+    """Least depth of its tokens."""
+    is_causal: bool
+    """It begins a tree, never forks, and no window hides any of it."""
+
+    def followed_by(self, other: _Piece, window: int | None) -> _Piece:
+        """Both as one."""
+        one_segment = self.segment == other.segment and self.segment >= 0
+        return _Piece(
+            start=self.start,
+            stop=other.stop,
+            ancestors=self.ancestors,
+            segment=self.segment if one_segment else -1,
+            shallowest=min(self.shallowest, other.shallowest),
+            is_causal=self.is_causal and one_segment and (window is None or other.stop - self.start <= window),
+        )
+
+
+def _pieces(end_T: Tensor, depth: list[int], window: int | None) -> Iterator[_Piece]:
     runs = zip(segments(end_T), ancestor_ranges(end_T), strict=True)
-    shapes: dict[tuple[int, int], list[Segment]] = {}
-    for segment in (Segment(start, stop, ancestors) for (start, stop), ancestors in runs):
-        shape = _rounded(segment.num_queries(), QUERY_MULTIPLE), _rounded(segment.num_keys(), KEY_MULTIPLE)
-        shapes.setdefault(shape, []).append(segment)
-    query_index, key_index, output_index = [], [], [0] * len(end_T)
-    for (num_queries, num_keys), members in shapes.items():
-        for segment in members:
-            _pad_left(query_index, [(segment.start, segment.stop)], num_queries - segment.num_queries())
-            _pad_left(key_index, segment.key_ranges(), num_keys - segment.num_keys())
-            first = len(query_index) - segment.num_queries()
-            output_index[segment.start : segment.stop] = range(first, len(query_index))
-
-    def on_device(index: list[int]) -> Tensor:
-        return torch.tensor(index, dtype=torch.int64, device=end_T.device)
-
-    return SegmentPlan(
-        query_index=on_device(query_index),
-        key_index=on_device(key_index),
-        output_index_T=on_device(output_index),
-        blocks=[_block(shape, members, end_T.device) for shape, members in shapes.items()],
-    )
+    for segment, ((first, last), ancestors) in enumerate(runs):
+        for start in range(first, last, PIECE_TOKENS):
+            stop = min(start + PIECE_TOKENS, last)
+            above = [(first, start)] if start > first else []
+            is_causal = depth[start] == 0 and (window is None or stop - start <= window)
+            yield _Piece(start, stop, [*ancestors, *above], segment, depth[start], is_causal)
 
 
-def _attend(block: Block, query: Tensor, pair: Tensor, scaling: float | None) -> Tensor:
-    """One call for all segments of a block; query [G*Q, H, D], pair [G*K, H of keys, 2D] -> [G*Q, H, D]."""
-    query_GHQD = query.unflatten(0, (block.num_segments, block.num_queries)).transpose(1, 2)
-    pair_GHKD = pair.unflatten(0, (block.num_segments, block.num_keys)).transpose(1, 2)
-    # Query head h belongs to key head h // repeats. Kernels that take a mask do not all take grouped heads.
-    pair_GHKD = pair_GHKD.repeat_interleave(query_GHQD.shape[1] // pair_GHKD.shape[1], dim=1)
-    key_GHKD, value_GHKD = pair_GHKD.chunk(2, dim=-1)
-    output_GHQD = scaled_dot_product_attention(
-        query_GHQD, key_GHKD, value_GHKD, attn_mask=block.mask_G1QK, scale=scaling
-    )
-    return output_GHQD.transpose(1, 2).flatten(0, 1)
+def _chunk(piece: _Piece, num_hidden: int, end_T: Tensor, depth_T: Tensor, window: int | None) -> Chunk:
+    num_above = int(depth_T[piece.start]) - num_hidden
+    key_ranges = [*last_tokens(piece.ancestors, num_above), (piece.start, piece.stop)]
+    if piece.is_causal:
+        return Chunk(piece.start, piece.stop, key_ranges, None)
+    key_K = torch.cat([torch.arange(*part, device=end_T.device) for part in key_ranges])
+    query_Q1 = torch.arange(piece.start, piece.stop, device=end_T.device)[:, None]
+    mask_QK = (key_K <= query_Q1) & (query_Q1 < end_T[key_K])
+    if window is not None:
+        mask_QK &= depth_T[query_Q1] - depth_T[key_K] < window
+    return Chunk(piece.start, piece.stop, key_ranges, mask_QK)
 
 
-def _block(shape: tuple[int, int], members: list[Segment], device: torch.device) -> Block:
-    num_queries, num_keys = shape
-    query_pad_G = torch.tensor([num_queries - segment.num_queries() for segment in members], device=device)
-    key_pad_G = torch.tensor([num_keys - segment.num_keys() for segment in members], device=device)
-    query_Q1 = torch.arange(num_queries, device=device)[:, None]
-    key_K = torch.arange(num_keys, device=device)
-    mask_GQK = (key_K - num_keys <= query_Q1 - num_queries)[None]
-    if query_pad_G.any() or key_pad_G.any():
-        # Padded queries see everything: nobody reads them, but a row that saw nothing would be NaN in backward.
-        mask_GQK = mask_GQK & (key_K >= key_pad_G[:, None, None]) | (query_Q1 < query_pad_G[:, None, None])
-    return Block(len(members), num_queries, num_keys, mask_GQK[:, None])
+class _Gathered(torch.autograd.Function):
+    """Keys (or values) of every chunk. Backward adds range by range: torch's own would fill a whole pack with zeros for
+    each range, or add row by row; and in float32, since a token of the prompt sums over all branches."""
 
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, ranges: list[list[tuple[int, int]]]) -> tuple[Tensor, ...]:
+        ctx.ranges = ranges
+        ctx.shape, ctx.dtype = heads.shape, heads.dtype
+        return tuple(torch.cat([heads[:, :, start:stop] for start, stop in parts], dim=2) for parts in ranges)
 
-def _pad_left(index: list[int], ranges: Iterable[tuple[int, int]], num_padding: int) -> None:
-    """Append padding (token 0, masked or unread) and then the tokens of the ranges."""
-    index += [0] * num_padding
-    index += chain.from_iterable(range(start, stop) for start, stop in ranges)
-
-
-def _rounded(length: int, multiple: int) -> int:
-    return length if length >= LONG_TOKENS else -(-length // multiple) * multiple
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grads[0].device)
+        for grad, parts in zip(grads, ctx.ranges, strict=True):
+            offset = 0
+            for start, stop in parts:
+                total[:, :, start:stop] += grad[:, :, offset : offset + stop - start]
+                offset += stop - start
+        return total.to(ctx.dtype), None

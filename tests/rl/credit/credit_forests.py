@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
-from trees import parse_scored
+from trees import parse_scored, row_of
 
 from conf.schema import CreditConfig
 from rewards.types import ScoredTree
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest, forest_of
+from rl.credit.measured import Measured, with_measured
 
 RECIPES = Path(__file__).parents[3] / "conf" / "credit"
 MAX_STEPS = 4
@@ -36,6 +38,45 @@ def ragged(**arguments: Any) -> ScoredTree:
 def credit_of(cfg: CreditConfig, *scored: ScoredTree, max_steps: int = MAX_STEPS) -> tuple[Forest, Credit]:
     forest = forest_of(list(scored))
     return forest, assign(forest, cfg, max_steps)
+
+
+def measured_credit(
+    cfg: CreditConfig,
+    *scored: ScoredTree,
+    values: Mapping[str, Sequence[float]] | None = None,
+    kl: Mapping[str, float] | None = None,
+) -> tuple[Forest, Credit]:
+    """As `credit_of`, with the critic's values of each step's tokens and each step's KL, by name; 0 where absent."""
+    forest = with_measured(forest_of(list(scored)), [measured(each, values, kl) for each in scored])
+    return forest, assign(forest, cfg, MAX_STEPS)
+
+
+def measured(
+    scored: ScoredTree, values: Mapping[str, Sequence[float]] | None, kl: Mapping[str, float] | None
+) -> Measured:
+    nodes = scored.tree.nodes
+    return Measured(
+        kl=None if kl is None else [kl.get(node.action_text, 0.0) for node in nodes],
+        value=None
+        if values is None
+        else [list(values.get(node.action_text, [0.0] * len(node.action_ids))) for node in nodes],
+    )
+
+
+def with_lengths(scored: ScoredTree, lengths: Mapping[str, int]) -> ScoredTree:
+    """The same tree with so many sampled tokens in the steps that are named."""
+    for name, length in lengths.items():
+        node = scored.tree.nodes[row_of(scored.tree, name)]
+        node.action_ids, node.action_logprobs = [10] * length, [-1.0] * length
+    return scored
+
+
+def per_token(forest: Forest, credit: Credit, *scored: ScoredTree) -> dict[str, list[float]]:
+    """name of the step -> the critic's advantage at each of its tokens."""
+    assert credit.critic is not None
+    extra, node_names = credit.critic.by_node(credit.critic.extra_T), names(list(scored), forest)
+    advantages = zip(node_names, credit.critic.advantage_N.tolist(), extra, strict=True)
+    return {name: [advantage + each for each in beyond] for name, advantage, beyond in advantages}
 
 
 def recipe(name: str, **changes: Any) -> CreditConfig:

@@ -136,13 +136,16 @@ def test_term_of_weight_zero_is_as_good_as_absent():
     assert silenced.weight_P.equal(alone.weight_P)
 
 
-@pytest.mark.parametrize("name", ["grpo", "portool", "tree_grpo", "tree_step", "chain_step"])
+RECIPES = ["grpo", "portool", "tree_grpo", "tree_step", "chain_step", "dr_grpo", "reinforce_pp_baseline"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_batch_without_a_trained_trajectory_has_empty_credit(name):
     _, credit = credit_of(recipe(name))
     assert credit.advantage_P.shape == credit.weight_P.shape == credit.w0_N.shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["grpo", "portool", "tree_grpo", "tree_step", "chain_step"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_batch_in_which_everything_failed_trains_nothing(name):
     steps = dict.fromkeys(["a", "a1", "a2", "b", "b1", "b2"], FAILED)
     tree = balanced(steps=steps, outcomes=dict.fromkeys(["a1", "a2", "b1", "b2"], FAILED))

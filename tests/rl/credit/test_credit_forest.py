@@ -84,3 +84,10 @@ def test_kept_leaf_behind_a_pruned_step_is_our_bug():
     tree.tree.nodes[0].kept = False
     with pytest.raises(AssertionError, match="every step before a kept leaf is kept"):
         forest_of([tree])
+
+
+def test_sampled_tokens_of_each_step_are_counted_without_the_environments_reply():
+    tree = balanced(observation_tokens=3)
+    tree.tree.nodes[0].action_ids, tree.tree.nodes[0].action_logprobs = [10, 11], [-1.0, -1.0]
+    forest = forest_of([tree])
+    assert per_node(forest, forest.num_actions_N, tree) == {"a": 2, "a1": 1, "a2": 1, "b": 1, "b1": 1, "b2": 1}

@@ -5,7 +5,18 @@ bounded by 0.95^4 / 2 = 0.4073.
 """
 
 import pytest
-from credit_forests import T1_OUTCOMES, balanced, credit_of, per_leaf, per_node, per_pair, ragged, recipe
+from credit_forests import (
+    T1_OUTCOMES,
+    balanced,
+    credit_of,
+    measured_credit,
+    per_leaf,
+    per_node,
+    per_pair,
+    ragged,
+    recipe,
+    with_lengths,
+)
 from trees import parse_scored
 
 from conf.schema import Backup, TokenWeight
@@ -155,6 +166,82 @@ def test_chain_step_is_tree_step_without_the_fork():
     # step a2: its trajectory earns -.5643 and the step itself -1.6734, as worked out above
     assert per_node(forest, credit.advantage_N, tree)["a2"] == close(-0.5643 - 1.6734)
     assert set(credit.parts) == {"trajectory", "step"}
+
+
+# ---- baselines on four independent chains, against the numbers of verl and TRL ----
+
+CHAINS = "prompt -> (a, b, c, d)"
+REWARDS = {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.5}
+SECOND_REWARDS = {"a": 0.2, "b": 0.6, "c": 0.1, "d": 0.9}
+
+
+def chains(rewards=REWARDS, **arguments):
+    return parse_scored(CHAINS, outcomes=rewards, **arguments)
+
+
+def of_chains(cfg, tree, kl=None) -> list[float]:
+    forest, credit = measured_credit(cfg, tree, kl=kl)
+    return list(per_node(forest, credit.advantage_N, tree).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grpo", [1.30558, -0.783348, -0.783348, 0.261116]),
+        ("dr_grpo", [0.625, -0.375, -0.375, 0.125]),
+        ("rloo", [0.833333, -0.5, -0.5, 0.166667]),
+    ],
+)
+def test_baselines_on_four_chains(name, expected):
+    assert of_chains(recipe(name), chains(), kl={}) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rloo_pays_the_outcome_less_the_kl_of_the_trajectory():
+    tree = parse_scored("prompt -> (a -> a1, b)", outcomes={"a1": 1.0, "b": 0.0})
+    # rewards 1 - .05 * (2 + 4) = .7 and 0 + .05 * 2 = .1; each less the other
+    forest, credit = measured_credit(recipe("rloo"), tree, kl={"a": 2.0, "a1": 4.0, "b": -2.0})
+    assert per_node(forest, credit.advantage_N, tree) == close({"a": 0.6, "a1": 0.6, "b": -0.6})
+
+
+def test_reinforce_pp_baseline_lets_long_trajectories_count_more():
+    tree = with_lengths(chains(), {"a": 3, "b": 1, "c": 2, "d": 3})
+    assert of_chains(recipe("reinforce_pp_baseline"), tree) == pytest.approx(
+        [1.154701, -1.154701, -1.154701, 0], abs=1e-6
+    )
+
+
+def test_reinforce_pp_compares_with_the_whole_batch_and_needs_no_group():
+    # one trajectory a prompt with 2 and 1 tokens: mean 2/3, variance (2 / 9 + 4 / 9) / 2 = 1/3
+    trees = [with_lengths(parse_scored("one -> a", outcomes={"a": 1.0}), {"a": 2})]
+    trees += [parse_scored("two -> b", outcomes={"b": 0.0})]
+    forest, credit = measured_credit(recipe("reinforce_pp"), *trees, kl={})
+    assert per_node(forest, credit.advantage_N, *trees) == close({"a": 3**0.5 / 3, "b": -2 * 3**0.5 / 3})
+
+
+def test_reinforce_pp_charges_for_the_kl_of_the_whole_trajectory():
+    tree = parse_scored("one -> (a, b)", outcomes={"a": 1.0, "b": 1.0})
+    forest, credit = measured_credit(recipe("reinforce_pp"), tree, kl={"a": 100.0})
+    # rewards 0 and 1, one token each: deviation sqrt(.5)
+    assert per_node(forest, credit.advantage_N, tree) == close({"a": -(0.5**0.5), "b": 0.5**0.5})
+
+
+def test_gdpo_normalises_each_reward_before_it_adds_them():
+    tree = chains({"a": 1.0, "b": 0.0, "c": 0.0, "d": 1.0})
+    tree.leaf_signals |= chains(SECOND_REWARDS, outcome_signal="length").leaf_signals
+    expected = [0.117138, -0.284104, -1.118936, 1.285903]
+    assert of_chains(recipe("gdpo"), tree) == pytest.approx(expected, abs=1e-6)
+    _, credit = credit_of(recipe("gdpo"), tree)
+    assert (sum(credit.parts.values()) - credit.advantage_P).abs().max() < 1e-6
+
+
+def test_gae_recipe_whitens_what_the_critic_makes_of_the_outcome():
+    tree = with_lengths(parse_scored("prompt -> (a, b)", outcomes={"a": 1.0, "b": 0.0}), {"a": 2})
+    forest, credit = measured_credit(recipe("gae"), tree, values={"a": [0.5, 0.5], "b": [0.25]})
+    # a: 1 - .5 = .5, then .5 - .5 + .95 * .5 = .475; b: -.25; mean .241667, squares .054444, .066736, .241736
+    # summing to .362917; deviation sqrt(.181458) = .425980
+    assert credit.critic is not None
+    assert per_node(forest, credit.advantage_N, tree) == close({"a": 0.5771, "b": -1.1542})
+    assert credit.critic.target_T.tolist() == close([0.975, 1.0, 0.0])
 
 
 def test_tree_step_is_the_recipe_that_trains_a_shared_step_once():

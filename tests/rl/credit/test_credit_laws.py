@@ -38,6 +38,8 @@ FORKS = st.recursive(st.just([]), lambda below: st.lists(below, min_size=1, max_
 BATCHES = st.lists(st.lists(FORKS, min_size=1, max_size=3), min_size=1, max_size=2)
 """Prompts as the lists of their first steps."""
 
+COMPARING = [normalizer for normalizer in Normalizer if normalizer is not Normalizer.none]
+
 laws = settings(max_examples=60, deadline=None)
 
 
@@ -71,7 +73,7 @@ def draw_tree(data: st.DataObject, scores: st.SearchStrategy[Score], prefix: str
 
 def draw_term(data: st.DataObject, **fixed) -> TermConfig:
     level = fixed.pop("level", None) or data.draw(st.sampled_from(Level))
-    scopes = list(Scope) if level is Level.step else [Scope.prompt, Scope.tree]
+    scopes = [scope for scope in Scope if level is Level.step or scope is not Scope.siblings]
     names = (
         data.draw(st.sampled_from([["outcome"], ["step"], ["outcome", "step"]])) if level is Level.step else ["outcome"]
     )
@@ -92,7 +94,8 @@ def draw_term(data: st.DataObject, **fixed) -> TermConfig:
 
 def draw_credit(data: st.DataObject, **fixed) -> CreditConfig:
     terms = {f"term{index}": draw_term(data, **fixed) for index in range(data.draw(st.integers(1, 3)))}
-    return CreditConfig(terms=terms, shared_token_weight=data.draw(st.sampled_from(TokenWeight)))
+    weight = data.draw(st.sampled_from(TokenWeight))
+    return CreditConfig(terms=terms, whiten=data.draw(st.booleans()), shared_token_weight=weight)
 
 
 # ---- the slow version: trees as they are, one pair at a time, no tensors ----
@@ -107,7 +110,22 @@ def slow_credit(scored: list[ScoredTree], cfg: CreditConfig) -> dict[tuple[str, 
             total[pair] = total.get(pair, 0.0) + term.weight * (advantage or 0.0)
             if advantage is not None and term.weight != 0:
                 trained.add(pair)
+    if cfg.whiten:
+        total = slow_whitened(total, {pair: slow_weight(pair, trained, cfg) for pair in total})
     return {pair: (advantage, slow_weight(pair, trained, cfg)) for pair, advantage in total.items()}
+
+
+def slow_whitened(value: dict, weight: dict) -> dict:
+    """Every step has one token here, so a pair counts as often as its weight says."""
+    count = math.fsum(weight.values())
+    if not count:
+        return value
+    mean = math.fsum(value[pair] * weight[pair] for pair in value) / count
+    spread = math.fsum(weight[pair] * (value[pair] - mean) ** 2 for pair in value)
+    if count <= 1 or max(abs(value[pair] - mean) for pair in value if weight[pair]) < 1e-12:
+        return dict.fromkeys(value, 0.0)
+    deviation = math.sqrt(spread / (count - 1) + 1e-8)
+    return {pair: (value[pair] - mean) / deviation if weight[pair] else 0.0 for pair in value}
 
 
 def slow_weight(pair: tuple[str, str], trained: set[tuple[str, str]], cfg: CreditConfig) -> float:
@@ -142,7 +160,12 @@ def slow_term(scored: list[ScoredTree], term: TermConfig) -> dict[tuple[str, str
 
 def slow_group(scored: ScoredTree, prompt: int, row: int, scope: Scope) -> object:
     node = scored.tree.nodes[row]
-    return {Scope.prompt: prompt, Scope.tree: (prompt, node.branch), Scope.siblings: (prompt, node.parent)}[scope]
+    return {
+        Scope.prompt: prompt,
+        Scope.tree: (prompt, node.branch),
+        Scope.siblings: (prompt, node.parent),
+        Scope.batch: "all",
+    }[scope]
 
 
 def slow_leaf_value(scored: ScoredTree, leaf: int, term: TermConfig) -> float | None:
@@ -184,6 +207,8 @@ def slow_compared(place, values, groups, term: TermConfig) -> float | None:
         return 0.0
     if term.normalizer is Normalizer.center:
         return value - mean
+    if term.normalizer is Normalizer.leave_one_out:
+        return value - (math.fsum(group) - value) / (len(group) - 1)
     deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in group) / (len(group) - term.ddof))
     return (value - mean) / (max(deviation, term.min_std) + term.eps)
 
@@ -245,7 +270,7 @@ def shifted(scored: ScoredTree, shift: float) -> ScoredTree:
 @given(data=st.data())
 def test_constant_added_to_every_score_changes_no_compared_advantage(shift, data):
     scored = draw_batch(data, VALUES.map(Score))
-    normalizer = data.draw(st.sampled_from([Normalizer.center, Normalizer.zscore]))
+    normalizer = data.draw(st.sampled_from(COMPARING))
     # Without decay only: a constant that is decayed differs from step to step.
     cfg = draw_credit(data, normalizer=normalizer, singleton=Singleton.zero, gamma=1.0)
     forest, before = credit_of(cfg, *scored)
@@ -293,7 +318,7 @@ def reordered(scored: ScoredTree, data: st.DataObject) -> ScoredTree:
 @given(st.data())
 def test_advantages_among_siblings_add_up_to_zero(data):
     scored = draw_batch(data, SCORES)
-    normalizer = data.draw(st.sampled_from([Normalizer.center, Normalizer.zscore]))
+    normalizer = data.draw(st.sampled_from(COMPARING))
     term = draw_term(
         data, level=Level.step, scope=Scope.siblings, normalizer=normalizer, singleton=Singleton.zero, weight=1.0
     )
@@ -315,7 +340,7 @@ def test_chain_without_forks_earns_no_fork_credit(data):
         steps={name: data.draw(SCORES) for name in names},
         outcomes={names[-1]: data.draw(SCORES)},
     )
-    normalizer = data.draw(st.sampled_from([Normalizer.center, Normalizer.zscore]))
+    normalizer = data.draw(st.sampled_from(COMPARING))
     term = draw_term(data, level=Level.step, scope=Scope.siblings, normalizer=normalizer, singleton=Singleton.zero)
     _, credit = credit_of(CreditConfig(terms={"fork": term}), tree)
     assert not credit.advantage_P.any()
@@ -358,14 +383,30 @@ def without_unscored(scored: ScoredTree) -> ScoredTree:
 
 @laws
 @given(st.data())
-def test_credit_of_a_prompt_does_not_depend_on_the_rest_of_the_batch(data):
-    scored, cfg = draw_batch(data, SCORES), draw_credit(data)
+def test_credit_of_a_prompt_depends_on_the_rest_of_the_batch_only_if_compared_with_it(data):
+    scored, drawn = draw_batch(data, SCORES), draw_credit(data)
+    own = {name: replace(term, scope=own_scope(term.scope)) for name, term in drawn.terms.items()}
+    cfg = replace(drawn, terms=own, whiten=False)
     forest, together = credit_of(cfg, *scored)
     advantage = per_node(forest, together.advantage_N, *scored)
     for each in scored:
         own_forest, alone = credit_of(cfg, each)
         for name, value in per_node(own_forest, alone.advantage_N, each).items():
             assert value == pytest.approx(advantage[name], abs=1e-6)
+
+
+def own_scope(scope: Scope) -> Scope:
+    return Scope.prompt if scope is Scope.batch else scope
+
+
+@laws
+@given(st.data())
+def test_whitened_credit_has_mean_zero_and_no_more_than_unit_deviation_over_the_batch(data):
+    scored, cfg = draw_batch(data, SCORES), replace(draw_credit(data), whiten=True)
+    _, credit = credit_of(cfg, *scored)
+    total = credit.weight_P.sum()  # one token a step
+    assert abs((credit.weight_P * credit.advantage_P).sum().item()) < 1e-4
+    assert (credit.weight_P * credit.advantage_P.square()).sum() <= max(total - 1, 0) + 1e-3
 
 
 def test_depth_limit_changes_only_signals_with_a_bound():

@@ -1,21 +1,38 @@
 from __future__ import annotations
 
-import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from policy_trees import VOCABULARY, grown, paired, tiny
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trees import parse_tree
 
 from conf.errors import ConfigError
-from conf.schema import Config, LearnerConfig, LossConfig, ModelConfig
-from rl.policy.learner import Learner, NonFiniteGradient, require_tree_exact
-from rl.policy.pack import TreeCredit
-from rollout.tree import ROOT
+from conf.schema import (
+    Aggregation,
+    Config,
+    Correction,
+    CriticConfig,
+    CriticKind,
+    Layout,
+    LearnerConfig,
+    LoraConfig,
+    LossConfig,
+    LossKind,
+    ModelConfig,
+    OldLogprobs,
+)
+from rl.credit.measured import Needs
+from rl.policy.layouts.segments import SegmentPlan
+from rl.policy.learner import Learner
+from rl.policy.pack import PathCredit, TokenCredit, TreeCredit
+from rl.policy.ranks import Ranks
+from rl.policy.trained import NonFiniteGradient
+from rollout.tree import ROOT, Tree
 
 SHAPE = [ROOT, 0, 0, 1, 1, 2, 2, ROOT]
 """One fork at the root and binary forks below it."""
@@ -35,9 +52,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def config(*, dtype: str = "float32", learner: dict | None = None, loss: dict | None = None) -> Config:
-    settings = {"num_threads": 1, "warmup_steps": 0, "learning_rate": 1e-3, **(learner or {})}
-    return Config(model=ModelConfig(dtype=dtype), learner=LearnerConfig(**settings), loss=LossConfig(**(loss or {})))
+def config(
+    *,
+    dtype: str = "float32",
+    lora: LoraConfig | None = None,
+    learner: dict | None = None,
+    loss: dict | None = None,
+) -> Config:
+    weights_dtype = "float64" if dtype == "float64" else "float32"
+    settings = {
+        "num_threads": 1,
+        "weights_dtype": weights_dtype,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        **(learner or {}),
+    }
+    model = ModelConfig(dtype=dtype, lora=lora or LoraConfig())
+    return Config(model=model, learner=LearnerConfig(**settings), loss=LossConfig(**(loss or {})))
 
 
 def batch(num_prompts: int = 5, seed: int = 0) -> list[TreeCredit]:
@@ -46,12 +77,52 @@ def batch(num_prompts: int = 5, seed: int = 0) -> list[TreeCredit]:
     return [paired(tree, rng).credit() for tree in trees]
 
 
+def learner_of(cfg: Config, path: str) -> Learner:
+    return Learner(cfg, path, Ranks.alone(torch.device("cpu")))
+
+
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in learner.model.named_parameters()}
+    return {name: weight.detach().clone() for name, weight in learner.policy.module.named_parameters()}
+
+
+def one_score(learner: Learner, context_ids: list[int], action_ids: list[int]) -> list[float]:
+    (logprobs,) = learner.score([(context_ids, action_ids)])
+    return logprobs
 
 
 def largest_change(learner: Learner, before: dict[str, torch.Tensor]) -> float:
     return max((weight - before[name]).abs().max().item() for name, weight in weights(learner).items())
+
+
+def with_path(credit: TreeCredit) -> TreeCredit:
+    """Its first trajectory alone, as one."""
+    tree = credit.tree
+    steps = len(tree.path(tree.leaves()[0]))
+    return credit.only_paths([PathCredit(leaf=tree.leaves()[0], advantage=[1.0] * steps, weight=[1.0] * steps)])
+
+
+def with_values(trees: list[TreeCredit], target: float = 1.0) -> list[TreeCredit]:
+    """Each with its first trajectory, advantage 1, and with what a critic should have said."""
+
+    def each_token(tree: Tree, value: float) -> list[list[float]]:
+        return [[value] * len(node.action_ids) for node in tree.nodes]
+
+    def tokens(tree: Tree) -> TokenCredit:
+        return TokenCredit(
+            advantage=each_token(tree, 0.0), value=each_token(tree, 0.0), target=each_token(tree, target)
+        )
+
+    return [replace(with_path(credit), tokens=tokens(credit.tree)) for credit in trees]
+
+
+def one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the packed layout: the first token behind each branch still sees the branch."""
+    right = SegmentPlan.__init__
+
+    def wrong(self: SegmentPlan, end_T: torch.Tensor) -> None:
+        right(self, (end_T + 1).clamp(max=len(end_T)))
+
+    monkeypatch.setattr(SegmentPlan, "__init__", wrong)
 
 
 def rewarded_token(token: int) -> TreeCredit:
@@ -62,31 +133,31 @@ def rewarded_token(token: int) -> TreeCredit:
 
 
 def test_a_rewarded_token_becomes_likelier(checkpoint: str):
-    learner = Learner(config(learner={"mini_batches": 1}), checkpoint)
-    before = learner.score([1], [7])[0]
+    learner = learner_of(config(learner={"mini_batches": 1}), checkpoint)
+    before = one_score(learner, [1], [7])[0]
     for step in range(5):
         credit = rewarded_token(7)
-        credit.tree.nodes[0].action_logprobs = learner.score([1], [7])
+        credit.tree.nodes[0].action_logprobs = one_score(learner, [1], [7])
         metrics = learner.update([credit], step)
         assert metrics["loss/logprob_gap_nats"] < 1e-5
         assert metrics["loss/ratio_max"] == pytest.approx(1.0, abs=1e-5)
-    assert learner.score([1], [7])[0] > before + 0.5
+    assert one_score(learner, [1], [7])[0] > before + 0.5
 
 
 def test_a_blamed_token_becomes_rarer(checkpoint: str):
-    learner = Learner(config(learner={"mini_batches": 1}), checkpoint)
-    before = learner.score([1], [7])
+    learner = learner_of(config(learner={"mini_batches": 1}), checkpoint)
+    before = one_score(learner, [1], [7])
     credit = rewarded_token(7)
     credit.tree.nodes[0].action_logprobs = before
     learner.update([TreeCredit(tree=credit.tree, w_pos=[0.0], w_neg=[-1.0], w0=[1.0])], 0)
-    assert learner.score([1], [7])[0] < before[0]
+    assert one_score(learner, [1], [7])[0] < before[0]
 
 
 def test_counts_and_loss_of_one_token(checkpoint: str):
-    learner = Learner(config(learner={"mini_batches": 1}), checkpoint)
+    learner = learner_of(config(learner={"mini_batches": 1}), checkpoint)
     tree = parse_tree("q -> a -> (a1, a2)")
     for row, context_ids in [(0, [1]), (1, [1, 10]), (2, [1, 10])]:
-        tree.nodes[row].action_logprobs = learner.score(context_ids, tree.nodes[row].action_ids)
+        tree.nodes[row].action_logprobs = one_score(learner, context_ids, tree.nodes[row].action_ids)
     metrics = learner.update([TreeCredit(tree=tree, w_pos=[1.0, 1, 0], w_neg=[-0.5, 0, -1], w0=[2.0, 1, 1])], 0)
     counts = [metrics[f"learner/{name}_tokens"] for name in ("trained", "packed", "path")]
     assert counts == [3, 4, 6]  # a a1 a2; q a a1 a2; q a a1 and q a a2
@@ -100,7 +171,7 @@ def test_counts_and_loss_of_one_token(checkpoint: str):
 def test_every_metric_is_declared(checkpoint: str):
     from rl.metrics import declared
 
-    learner = Learner(config(loss={"kl_coef": 0.1, "entropy_coef": 0.01}), checkpoint)
+    learner = learner_of(config(loss={"kl_coef": 0.1, "entropy_coef": 0.01}), checkpoint)
     metrics = learner.update(batch(), 0)
     assert [name for name in metrics if declared(name) is None] == []
     expected = {
@@ -112,6 +183,10 @@ def test_every_metric_is_declared(checkpoint: str):
         "approx_kl_nats",
         "ratio_max",
         "logprob_gap_nats",
+        "clip_low_share",
+        "mismatch_kl_nats",
+        "mismatch_ratio_max",
+        "mismatch_effective_share",
     }
     assert {name.removeprefix("loss/") for name in metrics if name.startswith("loss/")} == expected
 
@@ -121,7 +196,7 @@ def test_packing_changes_neither_loss_nor_gradient(checkpoint: str, pack_tokens:
     results = []
     for tokens in (pack_tokens, 100_000):
         loss = {"kl_coef": 0.1, "entropy_coef": 0.01}
-        learner = Learner(config(dtype="float64", learner={"pack_tokens": tokens}, loss=loss), checkpoint)
+        learner = learner_of(config(dtype="float64", learner={"pack_tokens": tokens}, loss=loss), checkpoint)
         results.append(learner.update(batch(), 0))
     for name in ("loss/total", "loss/policy", "loss/kl", "loss/entropy_nats", "loss/clip_share", "learner/grad_norm"):
         # Transformers' norms work in float32 inside, so the gradient agrees to float32.
@@ -129,26 +204,34 @@ def test_packing_changes_neither_loss_nor_gradient(checkpoint: str, pack_tokens:
     assert results[0]["learner/path_tokens"] == results[1]["learner/path_tokens"]
 
 
-def test_an_update_resumed_from_a_checkpoint_is_the_same_to_the_last_bit(checkpoint: str, tmp_path: Path):
-    cfg = config(learner={"warmup_steps": 3})
-    straight = Learner(cfg, checkpoint)
-    straight.update(batch(seed=1), 0)
-    straight.update(batch(seed=2), 1)
+RESUMED = {
+    "plain": {},
+    "value_head": {"loss": {"critic": CriticConfig(kind=CriticKind.value_head)}},
+    "critic": {"loss": {"critic": CriticConfig(kind=CriticKind.model)}},
+    "adapters": {"lora": LoraConfig(rank=2)},
+    "bfloat16": {"dtype": "bfloat16"},
+}
 
-    first = Learner(cfg, checkpoint)
-    first.update(batch(seed=1), 0)
-    first.save_model(tmp_path)
-    file = io.BytesIO()
-    torch.save(first.optimizer_state(), file)
-    resumed = Learner(cfg, checkpoint)
-    resumed.load_model(tmp_path)
-    resumed.load_optimizer_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    resumed.update(batch(seed=2), 1)
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_an_update_resumed_from_a_checkpoint_is_the_same_to_the_last_bit(kind: str, checkpoint: str, tmp_path: Path):
+    cfg = config(learner={"warmup_steps": 3}, **RESUMED[kind])
+    straight = learner_of(cfg, checkpoint)
+    straight.update(with_values(batch(seed=1)), 0)
+    straight.save(tmp_path)
+    straight.update(with_values(batch(seed=2)), 1)
+
+    resumed = learner_of(cfg, checkpoint)
+    resumed.load(tmp_path)
+    resumed.update(with_values(batch(seed=2)), 1)
     assert largest_change(resumed, weights(straight)) == 0.0
+    if straight.critic is not None and resumed.critic is not None:
+        for ours, theirs in zip(resumed.critic.module.parameters(), straight.critic.module.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_mini_batches_depend_on_seed_and_step_alone(checkpoint: str):
-    runs = [Learner(config(learner={"mini_batches": 3}), checkpoint) for _ in range(3)]
+    runs = [learner_of(config(learner={"mini_batches": 3}), checkpoint) for _ in range(3)]
     for run, step in zip(runs, (0, 0, 1), strict=True):
         run.update(batch(), step)
     assert largest_change(runs[1], weights(runs[0])) == 0.0
@@ -156,13 +239,13 @@ def test_mini_batches_depend_on_seed_and_step_alone(checkpoint: str):
 
 
 def test_learning_rate_warms_up_over_steps(checkpoint: str):
-    learner = Learner(config(learner={"warmup_steps": 4, "learning_rate": 0.4}), checkpoint)
+    learner = learner_of(config(learner={"warmup_steps": 4, "learning_rate": 0.4}), checkpoint)
     rates = [learner.update([], step)["learner/learning_rate"] for step in range(6)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
 def test_nothing_to_train_moves_nothing_and_claims_no_loss(checkpoint: str):
-    learner = Learner(config(), checkpoint)
+    learner = learner_of(config(), checkpoint)
     learner.update(batch(), 0)
     before = weights(learner)
     tree = parse_tree("q -> a")
@@ -173,7 +256,7 @@ def test_nothing_to_train_moves_nothing_and_claims_no_loss(checkpoint: str):
 
 
 def test_momentum_does_not_move_a_policy_that_learns_nothing(checkpoint: str):
-    learner = Learner(config(), checkpoint)
+    learner = learner_of(config(), checkpoint)
     learner.update(batch(), 0)
     before = weights(learner)
     tree = parse_tree("q -> a")
@@ -187,25 +270,25 @@ def test_momentum_does_not_move_a_policy_that_learns_nothing(checkpoint: str):
 def test_the_reference_holds_the_policy_back(checkpoint: str):
     gaps = {}
     for kl_coef in (0.0, 100.0):
-        learner = Learner(config(learner={"mini_batches": 1}, loss={"kl_coef": kl_coef}), checkpoint)
+        learner = learner_of(config(learner={"mini_batches": 1}, loss={"kl_coef": kl_coef}), checkpoint)
         before = weights(learner)
         for step in range(6):
             metrics = learner.update([rewarded_token(7)], step)
-        gaps[kl_coef] = abs(learner.score([1], [7])[0] - Learner(config(), checkpoint).score([1], [7])[0])
+        gaps[kl_coef] = abs(one_score(learner, [1], [7])[0] - one_score(learner_of(config(), checkpoint), [1], [7])[0])
         assert largest_change(learner, before) > 0.0
     assert metrics["loss/kl"] > 0.0
     assert gaps[100.0] < 0.5 * gaps[0.0]
 
 
 def test_a_gradient_that_is_not_finite_is_refused_before_it_spreads(checkpoint: str):
-    learner = Learner(config(), checkpoint)
+    learner = learner_of(config(), checkpoint)
     before = weights(learner)
     credit = rewarded_token(7)
     credit.w_pos = [float("nan")]
     with pytest.raises(NonFiniteGradient, match="the gradient norm is nan"):
         learner.update([credit], 0)
     assert largest_change(learner, before) == 0.0
-    assert learner.optimizer_state()["state"] == {}
+    assert learner.policy.optimizer_state() == {}
 
 
 def test_scores_are_those_of_the_plain_model(checkpoint: str):
@@ -213,61 +296,200 @@ def test_scores_are_those_of_the_plain_model(checkpoint: str):
     context_ids, action_ids = [1, 5, 9], [4, 4, 2]
     logp = plain(input_ids=torch.tensor([context_ids + action_ids])).logits[0].log_softmax(-1)
     expected = [logp[2, 4].item(), logp[3, 4].item(), logp[4, 2].item()]
-    assert Learner(config(), checkpoint).score(context_ids, action_ids) == pytest.approx(expected, abs=1e-5)
+    assert one_score(learner_of(config(), checkpoint), context_ids, action_ids) == pytest.approx(expected, abs=1e-5)
 
 
 def test_weights_are_written_whole_under_their_names_with_the_tied_head_left_out(checkpoint: str, tmp_path: Path):
-    learner = Learner(config(), checkpoint)
+    learner = learner_of(config(), checkpoint)
     learner.update(batch(), 0)
     learner.save_weights(tmp_path / "weights.safetensors")
-    learner.save_model(tmp_path / "model")
+    learner.save(tmp_path)
     written = load_file(tmp_path / "weights.safetensors")
     assert sorted(written) == sorted(load_file(tmp_path / "model" / "model.safetensors"))
     assert "lm_head.weight" not in written
-    assert largest_change(learner, written) == 0.0
+    assert all(torch.equal(weight, written[name.removeprefix("model.")]) for name, weight in weights(learner).items())
     assert [file.name for file in tmp_path.glob("weights*")] == ["weights.safetensors"]
 
 
 def test_a_saved_model_is_a_plain_hugging_face_folder(checkpoint: str, tmp_path: Path):
-    learner = Learner(config(), checkpoint)
-    learner.save_model(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert "grove" not in (tmp_path / "config.json").read_text()
-    assert torch.equal(loaded.get_input_embeddings().weight, learner.model.get_input_embeddings().weight)
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab()["w7"] == 7
+    learner = learner_of(config(), checkpoint)
+    learner.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert "grove" not in (tmp_path / "model" / "config.json").read_text()
+    assert torch.equal(loaded.get_input_embeddings().weight, learner.policy.module.model.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()["w7"] == 7
 
 
 def test_gradient_checkpointing_trains_the_same(checkpoint: str):
-    stored, plain = (Learner(config(learner={"gradient_checkpointing": on}), checkpoint) for on in (True, False))
+    stored, plain = (learner_of(config(learner={"gradient_checkpointing": on}), checkpoint) for on in (True, False))
     assert stored.update(batch(), 0) == pytest.approx(plain.update(batch(), 0), rel=1e-5)
 
 
 def test_half_precision_trains(checkpoint: str):
-    learner = Learner(config(dtype="bfloat16"), checkpoint)
+    learner = learner_of(config(dtype="bfloat16"), checkpoint)
     before = weights(learner)
     learner.update(batch(), 0)
     assert largest_change(learner, before) > 0.0
 
 
+@pytest.mark.parametrize("kind", [kind for kind in LossKind if kind is not LossKind.custom])
+@pytest.mark.parametrize("aggregation", [Aggregation.token_mean, Aggregation.seq_mean_token_mean])
+def test_every_loss_pushes_up_what_is_rewarded(checkpoint: str, kind: LossKind, aggregation: Aggregation):
+    learner = learner_of(
+        config(learner={"mini_batches": 1}, loss={"kind": kind, "aggregation": aggregation}), checkpoint
+    )
+    before = one_score(learner, [1], [7])
+    credit = rewarded_token(7)
+    credit.tree.nodes[0].action_logprobs = before
+    credit.paths = [PathCredit(leaf=0, advantage=[1.0], weight=[1.0])]
+    learner.update([credit], 0)
+    assert one_score(learner, [1], [7])[0] > before[0]
+
+
+def test_a_custom_loss_is_named_by_its_file(checkpoint: str, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        "def reinforce(view):\n    return -(view.weight_M * view.advantage_M * view.logprob_M).sum()\n"
+    )
+    ours = config(loss={"kind": LossKind.reinforce})
+    theirs = config(loss={"kind": LossKind.custom, "fn": f"{tmp_path}/mine.py:reinforce"})
+    trained = []
+    for cfg in (ours, theirs):
+        learner = learner_of(cfg, checkpoint)
+        learner.update([with_path(credit) for credit in batch()], 0)
+        trained.append(learner)
+    assert largest_change(trained[1], weights(trained[0])) < 1e-6
+
+
+def test_several_epochs_move_the_policy_away_from_where_it_sampled(checkpoint: str):
+    shares = []
+    for epochs in (1, 4):
+        learner = learner_of(config(learner={"epochs": epochs, "mini_batches": 1, "learning_rate": 1e-2}), checkpoint)
+        credit = rewarded_token(7)
+        credit.tree.nodes[0].action_logprobs = one_score(learner, [1], [7])
+        metrics = learner.update([credit], 0)
+        assert metrics["learner/trained_tokens"] == 1  # however often it was gone through
+        shares.append(metrics["loss/ratio_max"])
+    assert shares[0] == pytest.approx(1.0, abs=1e-5)
+    assert shares[1] > 1.05
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_recomputed_log_probabilities_take_the_mismatch_out_of_the_ratio(checkpoint: str, mini_batches: int):
+    learning = {"mini_batches": mini_batches, "learning_rate": 1e-6}
+    recomputed = config(learner=learning, loss={"old_logprobs": OldLogprobs.recompute})
+    learner = learner_of(recomputed, checkpoint)
+    metrics = learner.update(batch(), 0)  # whose engine says something else than this model
+    assert metrics["loss/ratio_max"] == pytest.approx(1.0, abs=1e-3)
+    assert metrics["loss/logprob_gap_nats"] > 0.1
+    assert metrics["loss/mismatch_ratio_max"] > 1.2
+
+
+def test_a_correction_cuts_the_weight_of_tokens_the_learner_finds_likelier(checkpoint: str):
+    corrected = {"old_logprobs": OldLogprobs.recompute, "correction": Correction.token_truncate, "correction_max": 1.1}
+    metrics = learner_of(config(loss=corrected), checkpoint).update(batch(), 0)
+    assert metrics["loss/correction_cut_share"] > 0.1
+
+
+@pytest.mark.parametrize("kind", [CriticKind.value_head, CriticKind.model])
+def test_a_critic_learns_its_targets(checkpoint: str, kind: CriticKind):
+    critic = CriticConfig(kind=kind, learning_rate=1e-2, clip=0.0)
+    learner = learner_of(config(learner={"mini_batches": 1}, loss={"critic": critic}), checkpoint)
+    trees = with_values(batch(), target=2.0)
+    losses = [learner.update(trees, step)["loss/value"] for step in range(8)]
+    assert losses[0] == pytest.approx(2.0, rel=1e-4)  # a new critic says 0: (0 - 2)^2 / 2
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [CriticKind.value_head, CriticKind.model])
+def test_a_critic_warms_up_alone(checkpoint: str, kind: CriticKind):
+    critic = CriticConfig(kind=kind, learning_rate=1e-2, warmup_steps=1)
+    learner = learner_of(config(loss={"critic": critic}), checkpoint)
+    before = {name: weight for name, weight in weights(learner).items() if not name.startswith("value_head")}
+    metrics = learner.update(with_values(batch()), 0)
+    assert "loss/policy" not in metrics
+    after = {name: weight for name, weight in weights(learner).items() if not name.startswith("value_head")}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert "loss/policy" in learner.update(with_values(batch()), 1)
+
+
+def test_values_and_kl_are_measured_at_every_trained_step(checkpoint: str):
+    critic = CriticConfig(kind=CriticKind.value_head)
+    cfg = config(loss={"critic": critic, "kl_coef": 0.1}, learner={"pack_tokens": 30})
+    learner = learner_of(cfg, checkpoint)
+    trees = [credit.tree for credit in batch()]
+    measured = learner.measure(trees, Needs(kl=True, value=True))
+    for tree, found in zip(trees, measured, strict=True):
+        assert found.value is not None and found.kl is not None
+        assert [len(values) for values in found.value] == [len(node.action_ids) for node in tree.nodes]
+        assert all(value == 0.0 for values in found.value for value in values)  # a new head
+        assert found.kl == pytest.approx([0.0] * len(tree.nodes), abs=1e-6)  # the policy is its own reference
+    learner.update(with_values(batch()), 0)
+    kl = learner.measure(trees, Needs(kl=True, value=False))[0].kl
+    row = 0
+    node, context = trees[0].nodes[row], list(trees[0].prompt.token_ids)
+    plain = learner_of(config(), checkpoint)
+    gap = sum(one_score(learner, context, node.action_ids)) - sum(one_score(plain, context, node.action_ids))
+    assert kl is not None and kl[row] == pytest.approx(gap, abs=1e-4)
+
+
+def test_adapters_alone_are_trained_and_engines_get_them_merged(checkpoint: str, tmp_path: Path):
+    learner = learner_of(config(lora=LoraConfig(rank=2), loss={"kl_coef": 0.1}), checkpoint)
+    before = weights(learner)
+    learner.update(batch(), 0)
+    moved = {name for name, weight in weights(learner).items() if not torch.equal(weight, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+    learner.save_weights(tmp_path / "weights.safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+    published = load_file(tmp_path / "weights.safetensors")
+    assert set(published) == {name for name, _ in plain.named_parameters()}
+    plain.load_state_dict(published, strict=False)
+    logp = plain(input_ids=torch.tensor([[1, 5, 9, 4]])).logits[0].log_softmax(-1)
+    assert one_score(learner, [1, 5, 9], [4]) == pytest.approx([logp[2, 4].item()], abs=1e-5)
+
+
+def test_a_model_that_no_packed_tree_can_train_is_trained_by_its_trajectories(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    tiny("qwen3", attention_dropout=0.1).save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        learner = learner_of(config(), str(tmp_path))
+    assert "layout trajectories (it has dropout" in caplog.text
+    before = weights(learner)
+    learner.update(batch(), 0)
+    assert largest_change(learner, before) > 0.0
+
+
+def test_a_layout_that_disagrees_with_plain_trajectories_is_left(
+    checkpoint: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    one_too_many(monkeypatch)
+    learner = learner_of(config(), checkpoint)
+    with caplog.at_level("WARNING"):
+        learner.update(batch(), 0)
+    assert learner.layout is Layout.trajectories
+    assert "goes on by layout trajectories" in caplog.text
+
+
+def test_a_forced_layout_that_disagrees_with_plain_trajectories_is_refused(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+):
+    one_too_many(monkeypatch)
+    learner = learner_of(config(learner={"layout": Layout.segments}), checkpoint)
+    with pytest.raises(ConfigError, match=r"Use learner\.layout=trajectories"):
+        learner.update(batch(), 0)
+
+
+def test_every_layout_of_this_device_trains_the_same(checkpoint: str):
+    changed = []
+    for layout in (Layout.trajectories, Layout.segments, Layout.mask, Layout.depth_first):
+        learner = learner_of(config(learner={"layout": layout}), checkpoint)
+        changed.append(learner.update(batch(), 0))
+    for found in changed[1:]:
+        assert found == pytest.approx(changed[0], rel=1e-4, abs=1e-6)
+
+
 def test_norms_are_not_decayed(checkpoint: str):
-    groups = Learner(config(learner={"weight_decay": 0.1}), checkpoint).optimizer.param_groups
+    groups = learner_of(config(learner={"weight_decay": 0.1}), checkpoint).policy.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert {weight.ndim for weight in groups[0]["params"]} == {2}
     assert {weight.ndim for weight in groups[1]["params"]} == {1}
-
-
-def test_models_that_a_tree_would_train_inexactly_are_refused():
-    with pytest.raises(ConfigError, match=r"dropout \(\{'attention_dropout': 0.1\}\)"):
-        require_tree_exact(tiny("qwen3", attention_dropout=0.1))
-    windows = ["full_attention", "sliding_attention"]
-    with pytest.raises(ConfigError, match="sliding_attention"):
-        require_tree_exact(tiny("qwen3", layer_types=windows, use_sliding_window=True, sliding_window=8))
-
-
-def test_a_model_that_ignores_the_packing_is_found_out_by_trying():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(ConfigError, match="its attention ignores the packing"):
-        require_tree_exact(model)

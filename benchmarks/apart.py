@@ -1,0 +1,81 @@
+"""A piece of work in a fresh process of its own: how long it takes, and how much memory above what was there before."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One step."""
+
+    seconds: float
+    peak_mib: float
+    """Highest resident memory during the step, above that before it."""
+
+
+class Apart:
+    """Measures a step in a process that has done nothing else.
+
+    The process is forked from a small server that has only imported `preload`, so it starts at once, and neither the
+    caller's memory nor that of another step counts.
+
+    Args:
+        make: called in the process; what it sets up, and warms up, counts for nothing. Must be picklable.
+        num_threads: of torch.
+        preload: modules that take long to import; those of the first call count.
+    """
+
+    def __init__(self, make: Callable[[], Step], num_threads: int, preload: list[str]) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(preload)
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(make, num_threads))
+
+    def step(self) -> Measured:
+        """Run the step once; only after another has ended is the machine free for it."""
+        return self._pool.submit(_measured).result()
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+
+_step: Step
+"""What the process was made for."""
+
+
+def _start(make: Callable[[], Step], num_threads: int) -> None:
+    global _step
+    torch.set_num_threads(num_threads)
+    _step = make()
+
+
+def _measured() -> Measured:
+    gc.collect()
+    # A subprocess inherits its parent's ru_maxrss on Linux, and ru_maxrss never falls; this peak can be set back.
+    Path("/proc/self/clear_refs").write_text("5")
+    before_mib = _status_mib("VmRSS")
+    started = time.perf_counter()
+    _step()
+    seconds = time.perf_counter() - started
+    return Measured(seconds=seconds, peak_mib=_status_mib("VmHWM") - before_mib)
+
+
+def _status_mib(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
