@@ -125,6 +125,9 @@ METRICS: tuple[Metric, ...] = (
         Better.higher,
     ),
     Metric("learner/grad_norm", "norm of the gradient before clipping", "optimiser updates of this step"),
+    Metric(
+        "learner/critic_grad_norm", "norm of the critic's gradient before clipping", "optimiser updates of this step"
+    ),
     Metric("learner/learning_rate", "learning rate of the last update", "none"),
     Metric("learner/trained_tokens", "unique sampled tokens that were trained", "this step"),
     Metric("learner/packed_tokens", "tokens computed in the tree layout", "this step", Better.lower),

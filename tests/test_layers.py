@@ -31,7 +31,8 @@ RAY_FILES = {
 }
 MATHS = [
     *("rl/credit/*.py", "rewards/blend.py"),
-    *(f"rl/policy/{name}.py" for name in ("pack", "mask", "attention", "logprobs", "loss")),
+    *(f"rl/policy/{name}.py" for name in ("pack", "mask", "logprobs", "loss", "aggregate", "custom", "divergence")),
+    *(f"rl/policy/{name}.py" for name in ("mismatch", "objective", "tree_credits")),
 ]
 DISTRIBUTION_OF = {"hydra": "hydra-core", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 NOT_IN_MATHS = {"ray", "vllm", "hydra", "omegaconf", "wandb", "trl"}

@@ -1,68 +1,192 @@
-"""The learner's Ray actor: carries a `Learner`, decides nothing."""
+"""The learner's Ray actors: each carries a `Learner`, decides nothing; the driver talks to all of them as one."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError, RayError
 
+from conf.errors import GroveError, WaitTimeout, WorkerLost
 from conf.schema import Config
+from rl.credit.measured import Needs
 from rl.policy.pack import TreeCredit
+from rl.policy.ranks import Ranks, join, meeting_address, open_meeting
+from rollout.tree import Tree
+from rollout.waiting import value_of, wait_all
 from rollout.worker import send_output_to
 
-MODEL = "model"
-"""Folder of the policy inside a checkpoint; loads in transformers and vLLM as it is."""
-OPTIMIZER = "optimizer.pt"
+Calls = list["ray.ObjectRef[Any]"]
+"""One call on every rank, rank 0's first."""
+
+SETTLE_S = 10.0
+"""How long the other ranks may take to fail too, once one has."""
 
 
 class LearnerActor:
-    """Forwards to `rl.policy.learner.Learner` in a process of its own."""
+    """Forwards to one rank's `rl.policy.learner.Learner`, in a process of its own."""
 
-    def __init__(self, cfg: Config, model_path: str, log_path: str) -> None:
+    def __init__(self, cfg: Config, model_path: str, rank: int, log_path: str) -> None:
         send_output_to(Path(log_path))
-        from rl.policy.learner import Learner
+        self._cfg, self._model_path, self._rank = cfg, model_path, rank
+        self._meeting: Any = None
 
-        self._learner = Learner(cfg, model_path)
+    def open_meeting(self) -> str:
+        """Rank 0: open the place where the ranks meet; returns its address."""
+        self._meeting = open_meeting(self._cfg.learner.update_timeout_s)
+        return meeting_address(self._meeting)
 
-    def ready(self) -> None:
-        """Answers once the model is loaded."""
+    def load_learner(self, address: str) -> None:
+        """Meet the other ranks and load the model."""
+        from rl.policy.learner import Learner  # loads transformers
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        learner = self._cfg.learner
+        if learner.num_processes == 1:
+            ranks = Ranks.alone(device)
+        else:
+            meeting = self._meeting or address
+            ranks = join(self._rank, learner.num_processes, meeting, device, learner.update_timeout_s)
+        self._learner = Learner(self._cfg, self._model_path, ranks)
 
     def update(self, trees: list[TreeCredit], step: int) -> dict[str, float]:
         """One step of training; returns its metrics."""
         return self._learner.update(trees, step)
 
+    def measure(self, trees: list[Tree], needs: Needs) -> Any:
+        """What credit must know of the policy at the steps of `trees`."""
+        return self._learner.measure(trees, needs)
+
     def score(self, samples: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Log-probabilities of each (context ids, action ids) sample, at temperature 1."""
-        return [self._learner.score(context_ids, action_ids) for context_ids, action_ids in samples]
+        return self._learner.score(samples)
 
     def save_weights(self, path: str) -> None:
         """Write what the engines load."""
         self._learner.save_weights(path)
 
     def save(self, folder: str) -> None:
-        """Write a Hugging Face folder model/ and the optimiser into a checkpoint folder."""
-        self._learner.save_model(Path(folder) / MODEL)
-        torch.save(self._learner.optimizer_state(), Path(folder) / OPTIMIZER)
+        """Write a checkpoint."""
+        self._learner.save(folder)
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint folder, without executing anything stored in it."""
-        self._learner.load_model(Path(folder) / MODEL)
-        state = torch.load(Path(folder) / OPTIMIZER, weights_only=True, map_location=self._learner.device)
-        self._learner.load_optimizer_state(state)
+        self._learner.load(folder)
 
 
-def start_learner(cfg: Config, model_path: str, log_path: str, *, num_gpus: float) -> Any:
-    """A new learner actor, still loading.
+class LearnerGroup:
+    """All ranks of the learner, which get every call in the same order; a call returns at once, `answer` waits for it.
 
-    It takes no core of its own: in a synchronous step it works while the engines rest.
+    The actors take no core of their own: in a synchronous step they work while the engines rest.
+
+    Args:
+        cfg: the run; learner.num_processes actors are started.
+        log_dir: folder of learner.log, learner_rank1.log ...
+        num_gpus: of each rank; several ranks need whole ones, since NCCL joins no two processes on one GPU.
     """
-    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "num_gpus": num_gpus,
-        "max_restarts": 0,
-        "runtime_env": {"env_vars": environment},
-    }
-    return ray.remote(LearnerActor).options(**options).remote(cfg, model_path, log_path)
+
+    def __init__(self, cfg: Config, model_path: str, log_dir: Path, *, num_gpus: float) -> None:
+        size = cfg.learner.num_processes
+        assert size == 1 or num_gpus in (0, 1), "ranks share no GPU"
+        environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": num_gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": environment},
+        }
+        actor = ray.remote(LearnerActor).options(**options)
+        self._logs = [str(log_dir / f"learner{f'_rank{rank}' if rank else ''}.log") for rank in range(size)]
+        self._actors: list[Any] = [actor.remote(cfg, model_path, rank, log) for rank, log in enumerate(self._logs)]
+        address = self._actors[0].open_meeting.remote()
+        self._loading = [each.load_learner.remote(address) for each in self._actors]
+
+    def ready(self) -> Calls:
+        """Answered once the model is loaded."""
+        return self._loading
+
+    def update(self, trees: Sequence[TreeCredit], step: int) -> Calls:
+        """One step of training; the answer is its metrics."""
+        return self._call("update", ray.put(list(trees)), step)
+
+    def measure(self, trees: Sequence[Tree], needs: Needs) -> Calls:
+        """The answer is what credit must know of the policy, one `Measured` per tree."""
+        return self._call("measure", ray.put(list(trees)), needs)
+
+    def score(self, samples: Sequence[tuple[list[int], list[int]]]) -> Calls:
+        """The answer is the log-probabilities of each (context ids, action ids) sample, at temperature 1."""
+        return self._call("score", list(samples))
+
+    def save_weights(self, path: str) -> Calls:
+        """Write what the engines load."""
+        return self._call("save_weights", path)
+
+    def save(self, folder: str) -> Calls:
+        """Write a checkpoint."""
+        return self._call("save", folder)
+
+    def load(self, folder: str) -> Calls:
+        """Continue from a checkpoint."""
+        return self._call("load", folder)
+
+    def answer(self, calls: Calls, *, limit_s: float, what: str) -> Any:
+        """Rank 0's answer, once all ranks have answered.
+
+        An error that all ranks raise alike leaves them in step and alive. After any other one rank would wait for a
+        call that never comes, so all are killed.
+
+        Raises: WorkerLost naming the ranks that died; WaitTimeout; whatever a rank raised.
+        """
+        try:
+            return wait_all(calls, limit_s=limit_s, what=what)[0]
+        except WaitTimeout:
+            raise
+        except (GroveError, RayError) as error:
+            failures = _failures(calls)
+            dead = [rank for rank, failure in enumerate(failures) if isinstance(failure, RayActorError)]
+            if not dead and len({type(failure).__name__ for failure in failures}) == 1:  # Ray makes a type for each
+                raise
+            self.close()
+            if not dead:
+                raise
+            named = ", ".join(f"rank {rank} ({self._logs[rank]})" for rank in dead)
+            raise WorkerLost(
+                f"waiting for {what}: of the {len(calls)} learner processes {named} died, and the others cannot go on "
+                "without. The end of its log says why; a process killed without a word was often out of memory: "
+                "lower learner.pack_tokens, or set learner.gradient_checkpointing=true."
+            ) from error
+
+    def pids(self) -> list[int]:
+        """Process ids by rank, for those who want to look or to kill."""
+        refs = [each.__ray_call__.remote(_pid) for each in self._actors]
+        return wait_all(refs, limit_s=SETTLE_S, what="the learner's process ids")
+
+    def close(self) -> None:
+        """Stop all ranks."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _call(self, method: str, *arguments: Any) -> Calls:
+        return [getattr(actor, method).remote(*arguments) for actor in self._actors]
+
+
+def _failures(calls: Calls) -> list[BaseException | None]:
+    """What each call raised, given a little time; None for one that answered or still waits."""
+    ready, _ = ray.wait(calls, num_returns=len(calls), timeout=SETTLE_S)
+    failures: list[BaseException | None] = []
+    for call in calls:
+        try:
+            if call in ready:
+                value_of(call)
+            failures.append(None)
+        except (GroveError, RayError) as error:
+            failures.append(error)
+    return failures
+
+
+def _pid(_: Any) -> int:
+    return os.getpid()

@@ -25,7 +25,7 @@ from rl.policy.load import load_critic, load_policy, load_reference
 from rl.policy.lora import without_adapters
 from rl.policy.model import EdgeOutputs, TreeCritic, TreePolicy
 from rl.policy.objective import Objective, Totals, objective
-from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, plan_packs
+from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, plan_packs, unique_tokens
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
 from rl.policy.stored import read_checkpoint, write_checkpoint, write_engine_weights
 from rl.policy.tally import Tally
@@ -47,6 +47,8 @@ class MiniBatch:
     batches: list[PackedBatch]
     totals: Totals
     """Of all ranks."""
+    tokens: int
+    """In the packs of all ranks."""
     can_learn: bool
     """False when every term of the loss has a zero gradient."""
 
@@ -123,7 +125,7 @@ class Learner:
         whole = [_unweighted(tree) for tree in trees]
         number_of = {id(tree): number for number, tree in enumerate(trees)}
         found = []
-        for packed_trees in self._own_packs(whole):
+        for packed_trees in self._own_share(plan_packs(whole, self.cfg.learner.pack_tokens)):
             batch = self._packed(packed_trees)
             value_E = self._values(batch) if needs.value else None
             kl_E = self._policy_logprobs(batch) - self._reference_logprobs(batch) if needs.kl else None
@@ -229,15 +231,17 @@ class Learner:
         )
         assert totals.weight > 0, "a trained step has w0 > 0: w0 sums the weights that w_pos and w_neg multiply"
         has_advantage = any(any(credit.w_pos) or any(credit.w_neg) or credit.tokens for credit in trees)
+        packs = plan_packs(trees, self.cfg.learner.pack_tokens)
         return MiniBatch(
-            batches=[self._packed(packed_trees) for packed_trees in self._own_packs(trees)],
+            batches=[self._packed(packed_trees) for packed_trees in self._own_share(packs)],
             totals=totals,
+            tokens=sum(unique_tokens(shard) for packed_trees in packs for shard in packed_trees),
             can_learn=bool(has_advantage or loss.kl_coef or loss.entropy_coef or loss.kind is LossKind.custom),
         )
 
-    def _own_packs(self, trees: Sequence[TreeCredit]) -> list[list[TreeCredit]]:
-        """This rank's share; [] stands for a pack that only keeps step with the other ranks."""
-        return share_packs(plan_packs(trees, self.cfg.learner.pack_tokens), self.ranks.size)[self.ranks.rank]
+    def _own_share(self, packs: list[list[TreeCredit]]) -> list[list[TreeCredit]]:
+        """This rank's packs; [] stands for one that only keeps step with the other ranks."""
+        return share_packs(packs, self.ranks.size)[self.ranks.rank]
 
     def _packed(self, trees: Sequence[TreeCredit]) -> PackedBatch:
         batch = pack(trees, PAD_MULTIPLE[self.device.type]) if trees else dummy_batch(PAD_MULTIPLE[self.device.type])
@@ -277,7 +281,11 @@ class Learner:
                 measures_gap=untouched,
                 custom=self.custom,
             )
-            part.loss.backward()
+            loss = part.loss
+            if outputs.router_loss is not None and trains_policy:
+                # It is no sum over tokens, so packs share it by size: our reading, as in any accumulated gradient.
+                loss = loss + outputs.router_loss * (batch.num_tokens / mini_batch.tokens)
+            loss.backward()
             if not is_dummy(batch):
                 found.append(part)
         return found

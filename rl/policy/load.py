@@ -6,17 +6,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import Config, CriticKind
+from rl.policy.logprobs import require_known_head
 from rl.policy.lora import with_lora
 from rl.policy.model import TreeCritic, TreePolicy
 from rollout.seeds import derive_seed
 
 
 def load_policy(cfg: Config, path: str, device: torch.device) -> TreePolicy:
-    """The policy as the config wants it trained, in learner.weights_dtype.
+    """The policy as the config wants it trained: weights in learner.weights_dtype, a frozen base in model.dtype.
 
-    Raises: ConfigError for adapters that fit no layer.
+    Raises: ConfigError for adapters that fit no layer, or an output layer whose log-probabilities we cannot compute.
     """
-    model = load_causal_lm(path, cfg.learner.weights_dtype)
+    model = load_causal_lm(path, cfg.model.dtype if cfg.model.lora.rank else cfg.learner.weights_dtype)
+    require_known_head(model)
     if cfg.model.lora.rank:
         model = with_lora(model, cfg.model.lora, derive_seed(cfg.seed, "lora"))
     if cfg.learner.gradient_checkpointing:

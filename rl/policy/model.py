@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conf.schema import Layout
-from rl.policy.layouts.hidden import tree_hidden
+from rl.policy.layouts.hidden import tree_forward, tree_hidden
 from rl.policy.logprobs import edge_logprobs, output_head
 from rl.policy.lora import base_causal_lm
 from rl.policy.pack import PackedBatch
@@ -29,6 +29,8 @@ class EdgeOutputs:
     """Nats, of the distribution the token was drawn from."""
     value_E: Tensor | None = None
     """Value of the state before the token, in reward units; None without a value head."""
+    router_loss: Tensor | None = None
+    """Load-balancing loss of a mixture of experts, times its coefficient; None unless its config asks for it."""
 
 
 class TreePolicy(nn.Module):
@@ -57,7 +59,10 @@ class TreePolicy(nn.Module):
             trains_trunk: False keeps the gradient of the values in the value head.
         """
         model = base_causal_lm(self.model)
-        hidden_TD = tree_hidden(model.base_model, batch, layout)
+        found = tree_forward(model.base_model, batch, layout)
+        hidden_TD, router_loss = found.hidden_TD, found.router_loss
+        if router_loss is not None:
+            router_loss = model.config.get_text_config().router_aux_loss_coef * router_loss
         head = output_head(model)
         logprob_E, entropy_E = edge_logprobs(
             hidden_TD,
@@ -70,7 +75,7 @@ class TreePolicy(nn.Module):
         value_E = None
         if self.value_head is not None:
             value_E = edge_values(self.value_head, hidden_TD if trains_trunk else hidden_TD.detach(), batch)
-        return EdgeOutputs(logprob_E, entropy_E, value_E)
+        return EdgeOutputs(logprob_E, entropy_E, value_E, router_loss)
 
 
 class TreeCritic(nn.Module):
@@ -87,8 +92,9 @@ class TreeCritic(nn.Module):
 
 
 def zero_head(model: PreTrainedModel) -> nn.Linear:
-    """A linear layer [1, D] that says 0 of every state, so that a new critic is no worse than none."""
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=model.dtype)
+    """A linear layer [1, D], at least float32, that says 0 of every state: a new critic is no worse than none."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=dtype)
     for weight in head.parameters():
         nn.init.zeros_(weight)
     return head
@@ -96,6 +102,5 @@ def zero_head(model: PreTrainedModel) -> nn.Linear:
 
 def edge_values(head: nn.Linear, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
     """The head's value [E] of the state that each edge is predicted from, at least float32."""
-    value_E = head(hidden_TD.index_select(0, batch.edge_row_E))[:, 0]
-    # A copy: FSDP warns of outputs that are views.
-    return value_E.to(torch.promote_types(value_E.dtype, torch.float32), copy=True)
+    hidden_ED = hidden_TD.index_select(0, batch.edge_row_E).to(head.weight.dtype)
+    return head(hidden_ED).sum(-1)  # of one column; a sum, because FSDP takes no views out of a module

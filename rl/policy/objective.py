@@ -109,7 +109,7 @@ def finished(parts: dict[str, float]) -> dict[str, float]:
     metrics = {
         name: part for name, part in parts.items() if name not in (RATIO_MEAN, RATIO_SQUARE_MEAN, *VALUE_MOMENTS)
     }
-    if RATIO_MEAN in parts:
+    if parts.get(RATIO_SQUARE_MEAN):  # 0 when no token could have come from the learner
         metrics["loss/mismatch_effective_share"] = effective_share(parts[RATIO_MEAN], parts[RATIO_SQUARE_MEAN])
     if VALUE_MOMENTS[0] in parts:
         target, target_square, error, error_square = (parts[name] for name in VALUE_MOMENTS)

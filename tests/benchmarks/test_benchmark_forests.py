@@ -21,7 +21,7 @@ from benchmarks.forests import (
     separate_work,
     widths,
 )
-from benchmarks.policies import MEDIUM, SMALL, TINY
+from benchmarks.policies import MEDIUM, SMALL, TINY, random_policy
 from rl.policy.pack import pack
 from rollout.tree import ROOT
 
@@ -75,14 +75,9 @@ def test_operations_by_hand():
 
 
 def test_layer_weights_are_those_of_the_model():
-    from transformers import Qwen3ForCausalLM
-
-    config = TINY.config()
-    model = Qwen3ForCausalLM(config)
-    matrices = sum(
-        weight.numel() for name, weight in model.named_parameters() if ".layers." in name and weight.dim() == 2
-    )
-    assert operations(Work(tokens=1, pairs=0, rows=0), config, head_passes=3) == 6 * matrices
+    weights = random_policy(TINY, torch.device("cpu")).named_parameters()
+    matrices = sum(weight.numel() for name, weight in weights if ".layers." in name and weight.dim() == 2)
+    assert operations(Work(tokens=1, pairs=0, rows=0), TINY.config(), head_passes=3) == 6 * matrices
 
 
 def test_a_resized_shape_keeps_its_proportions():
@@ -96,7 +91,7 @@ def test_a_resized_shape_keeps_its_proportions():
 def test_every_trajectory_is_a_path_of_the_tree_and_its_weights_add_up(shape: Shape, tokens: int, seed: int):
     forest = random_forest(shape.resized(tokens), vocabulary=50, seed=seed)
     trees = [credit.tree for credit in forest.credits]
-    paths = {tuple([*tree.path_ids(node.parent), *node.action_ids]) for tree in trees for node in tree.nodes}
+    paths = {(*tree.path_ids(node.parent), *node.action_ids) for tree in trees for node in tree.nodes}
     for trajectory in forest.trajectories:
         assert tuple(trajectory.token_ids_T.tolist()) in paths
         assert torch.equal(trajectory.target_E(), trajectory.token_ids_T[1:][trajectory.row_E])

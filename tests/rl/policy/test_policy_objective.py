@@ -48,7 +48,7 @@ def fork(seed: int = 0) -> PairedTree:
     return paired(grown([ROOT, 0, 0, 0, ROOT], [(3, 2), (4, 0), (2, 0), (3, 0), (1, 0)], rng), rng)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(forests(), configs)
 def test_a_packed_forest_has_the_loss_and_gradient_of_its_separate_trajectories(forest, cfg):
     table = numbers([each.tree for each in forest])
@@ -61,7 +61,7 @@ def test_a_packed_forest_has_the_loss_and_gradient_of_its_separate_trajectories(
     assert found.parts["loss/total"] == pytest.approx(expected.item())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(forests(), configs, st.integers(1, 60), st.booleans())
 def test_packs_change_neither_loss_nor_gradient_nor_metrics(forest, cfg, pack_tokens, has_critic):
     table = numbers([each.tree for each in forest])
@@ -89,7 +89,7 @@ def test_sums_over_trajectories_are_enough_for_losses_of_tokens(forest, kind, ag
     assert_close(gradients(parts.loss, table), gradients(whole.loss, table))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(forests(max_trees=4), configs, st.randoms(use_true_random=False))
 def test_the_order_of_trees_changes_nothing(forest, cfg, rng):
     table = numbers([each.tree for each in forest])
