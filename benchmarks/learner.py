@@ -1,6 +1,6 @@
 """Training on packed trees against training on each trajectory apart: speed, memory, and how close to the ideal.
 
-    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--threads 2]
+    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--repeats 3] [--threads 2]
 
 All sides compute the same gradient (compared before anything is timed): forward, log-probs of the trained tokens, PPO
 loss, backward; the optimiser's step is the same for all and left out. None computes more than PACK_TOKENS tokens at
@@ -9,7 +9,9 @@ once. The other two sides get their best form:
 - padded: rows sorted by length, stock attention without a mask, the output layer on trained rows alone;
 - varlen: trajectories one behind the other without padding, attention within each, one call for those of one length.
 
-Every side of a line runs in a process of its own, and they take turns; the fastest repetition counts.
+Every side of a line runs in a process of its own, and they take turns; the fastest repetition counts. The forests are
+trees of tool calls, answers to one prompt (a GRPO group), candidates compared at every step, and chains that share
+nothing, where packed has nothing to win.
 
 - `x_padded`, `x_varlen`: how much faster packed is than the other two; `ratio`: than the faster of them.
 - `ideal`: operations of the trajectories over operations of the trees (layers, visible pairs, trained rows).
@@ -60,10 +62,8 @@ SIDES: dict[str, Side] = {
     "varlen": varlen,
     "depth first": packed(Layout.depth_first),
 }
-
-
-REPEATS = {TINY: 1, SMALL: 5, MEDIUM: 2}
-"""Timed repetitions of each side."""
+REPEATS = {TINY: 1, SMALL: 3, MEDIUM: 1}
+"""Timed repetitions of each side; one takes minutes with the larger model, so that noise averages out within it."""
 SHAPES = [TOOL, GRPO, COMB, CHAINS]
 HEAD = (2048, 151_936, 256)
 """Rows, vocabulary and width of the output layer."""
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=LearnerConfig().num_threads, help="torch threads of each process"
     )
+    parser.add_argument("--repeats", type=int, help="timed repetitions (default: 3 with 4M parameters, 1 with 52M)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     threads, prefix = options.threads, "quick_" if options.quick else ""
@@ -87,18 +88,19 @@ def main(arguments: list[str] | None = None) -> None:
     for shape in shapes:
         require_same_gradients(sizes[0], shape)
     where = f"{threads} threads, at most {PACK_TOKENS} tokens at once"
-    rows = [against_trajectories(size, shape, threads) for size in sizes for shape in shapes]
+    repeats = {size: options.repeats or REPEATS[size] for size in sizes}
+    rows = [against_trajectories(size, shape, repeats[size], threads) for size in sizes for shape in shapes]
     report(f"{prefix}learner", f"packed trees against trajectories apart, {where}", rows, own_memory=False)
-    rows = [row for shape in shapes[:3] for row in memory_rows(sizes[0], shape, threads)]
+    rows = [row for shape in shapes[:3] for row in memory_rows(sizes[0], shape, repeats[sizes[0]], threads)]
     report(f"{prefix}learner_memory", f"time for memory, {sizes[0].name} parameters, {where}", rows, own_memory=False)
     title = f"output layer, forward and backward, float32, {threads} threads"
     report(f"{prefix}learner_head", title, head_rows(*head, threads), own_memory=False)
 
 
-def against_trajectories(size: Size, shape: Shape, num_threads: int) -> Row:
+def against_trajectories(size: Size, shape: Shape, repeats: int, num_threads: int) -> Row:
     """One forest on three sides."""
     names = ("packed", "padded", "varlen")
-    best = measured([partial(gradient_step, size, shape, name) for name in names], REPEATS[size], num_threads)
+    best = measured([partial(gradient_step, size, shape, name) for name in names], repeats, num_threads)
     seconds, peaks = [each.seconds for each in best], [each.peak_mib for each in best]
     ratio, ideal = min(seconds[1:]) / seconds[0], ideal_ratio(size, shape)
     return {
@@ -113,14 +115,14 @@ def against_trajectories(size: Size, shape: Shape, num_threads: int) -> Row:
     }
 
 
-def memory_rows(size: Size, shape: Shape, num_threads: int) -> list[Row]:
+def memory_rows(size: Size, shape: Shape, repeats: int, num_threads: int) -> list[Row]:
     """One forest on the packed side and on those that compute activations again instead of keeping them."""
     steps = {
         "packed": partial(gradient_step, size, shape, "packed"),
         "packed, gradient checkpointing": partial(gradient_step, size, shape, "packed", checkpointing=True),
         "depth first": partial(gradient_step, size, shape, "depth first"),
     }
-    best = measured(list(steps.values()), REPEATS[size], num_threads)
+    best = measured(list(steps.values()), repeats, num_threads)
     return [
         {"name": f"{shape.name}: {name}", "seconds": each.seconds, "mib": round(each.peak_mib)}
         for name, each in zip(steps, best, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from rl.policy.layouts.attention import ATTENTION_NAME, register_tree_attention
 from rl.policy.model import TreePolicy
@@ -27,7 +27,7 @@ class Size:
 
     def config(self) -> Qwen3Config:
         """For transformers."""
-        config = Qwen3Config(
+        return Qwen3Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -37,8 +37,6 @@ class Size:
             intermediate_size=self.intermediate,
             tie_word_embeddings=True,
         )
-        config._attn_implementation = ATTENTION_NAME
-        return config
 
 
 TINY = Size("tiny", hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=64, vocabulary=128)
@@ -65,7 +63,7 @@ def random_policy(
     register_tree_attention()
     torch.manual_seed(0)
     with device:
-        model = Qwen3ForCausalLM._from_config(size.config(), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(size.config(), dtype=dtype, attn_implementation=ATTENTION_NAME)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return TreePolicy(model, temperature=1.0).train()

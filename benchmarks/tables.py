@@ -28,7 +28,7 @@ def report(name: str, title: str, rows: Sequence[Row], *, own_memory: bool = Tru
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
-    Console(width=max(Console().width, 140)).print(table)
+    Console(width=max(Console().width, 160)).print(table)
     OUT.mkdir(exist_ok=True)
     machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
     written: dict[str, Any] = {"title": title, "machine": machine, "rows": list(rows)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from conf import check_credit, check_learner, check_machine
+from conf import check_credit, check_learner, check_machine, check_select
 from conf.compose import numbered
 from conf.errors import ConfigError
 from conf.problem import Problem, value_of
@@ -153,7 +153,7 @@ def rules() -> list[Rule]:
         tiny_heads_fit,
         term_numbers,
     ]
-    return [*own, *check_machine.rules(), *check_learner.rules(), *check_credit.rules()]
+    return [*own, *check_machine.rules(), *check_learner.rules(), *check_credit.rules(), *check_select.rules()]
 
 
 def numbers_are_in_range(cfg: Config) -> list[Problem]:

@@ -45,11 +45,70 @@ class Level(Enum):
     trajectory = "trajectory"
 
 
-class Backup(Enum):
-    """How the leaves below a step speak for it."""
+class Read(Enum):
+    """What of a step's scores a term uses."""
 
+    score = "score"
+    """The score itself."""
+    difference = "difference"
+    """Its change since the step before; at a first step since the prompt's own score, or, where a source gives none,
+    since the mean of the prompt's first steps."""
+    lookahead = "lookahead"
+    """difference; where that is 0, the first change among the next four steps, at 0.7 a step (VSRM)."""
+    soft_min = "soft_min"
+    """Weighted by softmax(-score / 0.1) over the trajectory's steps, so that its sum is about the lowest (PURE)."""
+    max_return = "max_return"
+    """Divided by the largest sum of scores that is still to come anywhere in the batch (PRIME's batch_norm)."""
+
+
+class Combine(Enum):
+    """How a term's step signals and trajectory signals become the reward of a step."""
+
+    sum = "sum"
+    """A step earns its step signals; the last step of a trajectory earns its trajectory signals too."""
+    overwrite = "overwrite"
+    """The last step earns its trajectory signals alone."""
+    renorm = "renorm"
+    """overwrite, and every scored step before the last earns the trajectory signals as well (PPR's ReNorm)."""
+    gate = "gate"
+    """sum, with the step signals of trajectories whose trajectory signals are above 0 alone."""
+    four_cases = "four_cases"
+    """TP-GRPO: the compared outcome; a bad step of a right trajectory loses |step signal| * share of right trajectories,
+    a good step of a wrong one gets 0. Step signals below 0 are bad, trajectories above 0 are right."""
+
+
+class Backup(Enum):
+    """How the trajectories through a step speak for it."""
+
+    none = "none"
+    """Each for itself: a step has a value, and an advantage, for every trajectory through it."""
     leaf_mean = "leaf_mean"
+    child_mean = "child_mean"
+    """Mean over the steps that continue it, each as much as another, however many trajectories pass there."""
     max = "max"
+    any = "any"
+    """1 where one of them is above 0, else 0."""
+
+
+class Return(Enum):
+    """Which of a trajectory's rewards a value is made of."""
+
+    immediate = "immediate"
+    """Step term: the step's own reward, and what its trajectories earn at their ends. Trajectory term: the latter."""
+    to_go = "to_go"
+    """Step term: the sum of this and all later rewards, decayed by gamma a step."""
+    broadcast = "broadcast"
+    """Trajectory term: the sum of all its rewards, those of its steps too."""
+    broadcast_mean = "broadcast_mean"
+    """Trajectory term: its trajectory signals and the mean of its steps' rewards."""
+
+
+class Compare(Enum):
+    """What is compared within the scope."""
+
+    returns = "returns"
+    rewards = "rewards"
+    """Each step's reward; the return is then taken of what was compared (returns=to_go)."""
 
 
 class Scope(Enum):
@@ -61,6 +120,22 @@ class Scope(Enum):
     """As `prompt`, within one of the prompt's M trees (`Node.branch`)."""
     siblings = "siblings"
     """Steps that continue the same step."""
+    ancestors = "ancestors"
+    """Trajectory term: with the trajectories through each of its steps and with its prompt's; mean over these groups."""
+    ancestors_by_size = "ancestors_by_size"
+    """The same, each group weighted by its number of trajectories."""
+    turn_index = "turn_index"
+    """Steps of a prompt at the same depth. Biased where the policy decides when to stop (docs/credit.md)."""
+    turn_index_padded = "turn_index_padded"
+    """The same, and 0 for every trajectory that ended before: free of that bias."""
+    state_key = "state_key"
+    """Steps of a prompt behind the same observation (GiGPO's anchor states)."""
+    parent_value = "parent_value"
+    """The value of the step before, or of the prompt."""
+    root_value = "root_value"
+    """The value of the prompt."""
+    critic = "critic"
+    """What the critic said of the state before the step; it learns this term's values."""
     batch = "batch"
     """As `prompt`, within all prompts of the step's batch."""
 
@@ -73,13 +148,46 @@ class Normalizer(Enum):
     zscore = "zscore"
     leave_one_out = "leave_one_out"
     """Less the mean of the others (RLOO)."""
+    rank = "rank"
+    """The z-score of its place, from 1 for the best to 0 for the worst (ArenaRL)."""
+    whiten = "whiten"
+    """As zscore, with 1e-8 added to the variance instead of `eps` to the deviation."""
+    center_batch_std = "center_batch_std"
+    """Less the mean of its scope, over the deviation of the batch (TRL's scale_rewards=batch)."""
+    max_return = "max_return"
+    """Over the largest size in its scope; nothing is subtracted."""
+    running = "running"
+    """The z-score among all values of the term so far in the run."""
+    token_leave_one_out = "token_leave_one_out"
+    """compare=rewards: less, for each token, the mean over the other trajectories of their mean reward per token
+    (PRIME)."""
+    token_leave_one_out_released = "token_leave_one_out_released"
+    """The same as PRIME's released code has it, which counts the trajectory's own mean too."""
 
 
 class Singleton(Enum):
-    """What a value alone in its scope becomes."""
+    """What becomes of a value that nothing can be said of: alone in its scope, or the same as all others in it."""
 
     zero = "zero"
     raw = "raw"
+    """It stays as it is."""
+    drop = "drop"
+    """The term says nothing of it, as if it had not been scored."""
+
+
+class Keep(Enum):
+    """Which of a prompt's trajectories stay when select.num_kept of them are to train."""
+
+    all = "all"
+    """Every one."""
+    balanced = "balanced"
+    """As many right as wrong where that can be; which of them is drawn by lot."""
+    prof = "prof"
+    """The same counts, and those whose steps' scores agree best with their outcome (PROF, arXiv 2509.03403)."""
+    prof_correct = "prof_correct"
+    """prof among the right ones, a lot among the wrong: for scores that are not to be trusted on wrong ones."""
+    prof_ratio = "prof_ratio"
+    """prof with right and wrong in the proportion they were sampled in."""
 
 
 class TokenWeight(Enum):
@@ -448,6 +556,10 @@ class SignalUse:
     scale: float = 1.0
     shift: float = 0.0
     """The term uses scale * signal + shift, e.g. 2 and -1 to read {0, 1} as {-1, +1}."""
+    read: Read = Read.score
+    """What of the signal is scaled; only signals of steps have more than their score."""
+    best_of: int = 1
+    """Read a chance of success x as that of the best of so many tries, 1 - (1 - x)^best_of (PAV's prover)."""
     bound: bool = False
     """PORTool: multiply by gamma^max_steps / 2, so that [-1, +1] never outranks a decayed outcome of +-1."""
 
@@ -459,10 +571,13 @@ class TermConfig:
     level: Level = Level.trajectory
     """trajectory: one value per leaf, given to every step of its path; step: one value per step."""
     signals: dict[str, SignalUse] = field(default_factory=dict)
-    """Signals whose sum is the value. In a step term trajectory signals are backed up from the leaves."""
+    """Signals the value is made of. In a step term trajectory signals are backed up from the leaves."""
+    combine: Combine = Combine.sum
+    returns: Return = Return.immediate
     backup: Backup = Backup.leaf_mean
     gamma: float = 1.0
-    """Decay per step between a step and the end of its trajectory, in backed-up signals."""
+    """Decay per step between a step and a reward behind it."""
+    compare: Compare = Compare.returns
     scope: Scope = Scope.prompt
     normalizer: Normalizer = Normalizer.zscore
     ddof: int = 1
@@ -471,7 +586,12 @@ class TermConfig:
     """Added to the deviation."""
     min_std: float = 0.0
     """Floor of the deviation, so that a tiny difference is not blown up to a unit advantage."""
+    token_weighted: bool = False
+    """In the mean and deviation of its scope a value counts once for each sampled token, not once."""
     singleton: Singleton = Singleton.zero
+    """A value alone in its scope."""
+    zero_variance: Singleton = Singleton.zero
+    """Values that are all equal in their scope, or equal to what they are compared with."""
     weight: float = 1.0
 
 
@@ -483,6 +603,7 @@ class GaeConfig:
     """step: one value per step; token: one per sampled token."""
     signals: dict[str, SignalUse] = field(default_factory=dict)
     """Rewards: step signals count at the end of their step, trajectory signals at the end of the trajectory."""
+    combine: Combine = Combine.sum
     gamma: float = 1.0
     """Discount per step or token."""
     lam: float = 0.95
@@ -501,6 +622,34 @@ class CreditConfig:
     """The terms' sum to mean 0 and deviation 1 over the batch's tokens, each as often as it counts in the loss."""
     gae: GaeConfig = field(default_factory=GaeConfig)
     shared_token_weight: TokenWeight = TokenWeight.per_leaf
+
+
+@dataclass(kw_only=True, slots=True)
+class SelectConfig:
+    """Which scored trajectories train. The others stay in the record and enter no statistic of credit.
+
+    A trajectory is right when the first trajectory source says more than a half, as in rollout/success_share.
+    """
+
+    min_success_share: float = 0.0
+    """Prompts with a smaller share of right trajectories are left out."""
+    max_success_share: float = 1.0
+    """Prompts with a larger share of right trajectories are left out."""
+    ends_pass: bool = True
+    """Whether a share equal to one of the two passes: yes in PRIME's code, no in its paper (arXiv 2502.01456)."""
+    keep: Keep = Keep.all
+    num_kept: int = 4
+    """Trajectories of one prompt that `keep` lets train; smaller groups stay whole."""
+    step_source: str = ""
+    """The prof choices: source of step scores in [0, 1]. With weight 0 it selects and is no reward, as in the paper."""
+    min_steps: int = 2
+    """The prof choices: a shorter trajectory pays step_count_penalty."""
+    max_steps: int = 30
+    """The prof choices: a longer trajectory pays step_count_penalty."""
+    step_count_penalty: float = 10.0
+    """Taken from an agreement that lies in [-1, 1], so that 2 or more puts such trajectories last."""
+    drop_silent_prompts: bool = False
+    """Leave out prompts in which no step has an advantage (DAPO's dynamic sampling, on the blended advantage)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -615,6 +764,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

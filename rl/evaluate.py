@@ -16,7 +16,7 @@ from conf.schema import Config, ExpanderKind, RolloutConfig
 from rewards.types import ScoredTree
 from rl import checkpoint
 from rl.launch import Parts, launched
-from rl.policy.actor import MODEL
+from rl.policy.stored import MODEL
 from rl.run_folder import RunFolder, route_logs
 from rollout.data import PromptSource, build_prompt_source
 from rollout.seeds import derive_seed

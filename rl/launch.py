@@ -18,7 +18,7 @@ from conf.schema import Config
 from rewards.actor import RewardActor
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
-from rl.policy.actor import start_learner
+from rl.policy.actor import LearnerGroup
 from rl.policy.weights import WeightPublisher
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
@@ -90,8 +90,8 @@ class Parts:
 
     pool: RolloutPool
     scoring: Scoring
-    learner: Any
-    """Handle of the `LearnerActor`; None in an evaluation."""
+    learner: LearnerGroup | None
+    """None in an evaluation."""
     publisher: WeightPublisher | None
 
 
@@ -110,14 +110,14 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = None
         if with_learner:
-            learner = start_learner(cfg, model_path, str(log_dir / "learner.log"), num_gpus=share.learner)
-            stack.callback(ray.kill, learner)
+            learner = LearnerGroup(cfg, model_path, log_dir, num_gpus=share.learner)
+            stack.callback(learner.close)
         wait_all([reward_actor.ping.remote()], limit_s=cfg.rollout.start_timeout_s, what="the reward service to start")
         pool = RolloutPool(engine_cfg, model_path, log_dir, gpus_per_worker=share.per_worker)
         stack.callback(pool.close)
         publisher = None
         if learner is not None:
-            wait_all([learner.ready.remote()], limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
+            learner.answer(learner.ready(), limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
             publisher = WeightPublisher(cfg, learner, pool)
             stack.callback(publisher.close)
         yield Parts(pool, Scoring(cfg, reward_actor), learner, publisher)

@@ -23,6 +23,9 @@ TOTAL = "total"
 Advantages = dict[int, dict[str, float]]
 """row -> {term: its contribution, "total": the advantage}; rows that were not trained are absent."""
 
+TermValues = dict[int, dict[str, float]]
+"""row -> {term: a value of it}; absent where the term has nothing to say of the step."""
+
 
 @dataclass(kw_only=True, slots=True)
 class RecordedTree:
@@ -30,6 +33,12 @@ class RecordedTree:
 
     scored: ScoredTree
     advantages: Advantages = field(default_factory=dict)
+    raw: TermValues = field(default_factory=dict)
+    """What each term is made of, before it is compared; as `compared` in the mean over the trajectories."""
+    compared: TermValues = field(default_factory=dict)
+    """The same against its scope, before the term's weight and before the sum is whitened."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Row of a leaf -> why selection left its trajectory out (`rl.select`)."""
 
     @property
     def tree(self) -> Tree:
@@ -42,22 +51,27 @@ class RecordedTree:
 
 
 def write_trees(path: Path, scored: list[ScoredTree], advantages: list[Advantages]) -> None:
+    """As `write_records`, of trees with their advantages alone, one table per tree."""
+    write_records(
+        path, [RecordedTree(scored=tree, advantages=table) for tree, table in zip(scored, advantages, strict=True)]
+    )
+
+
+def write_records(path: Path, recorded: list[RecordedTree]) -> None:
     """Write one step's trees as gzipped JSON lines, one tree a line; the same trees give the same bytes.
 
     Args:
         path: file to write, in one move.
-        scored: the trees, with every score and its status.
-        advantages: one table per tree.
+        recorded: the trees, with every score and its status, and what credit made of them.
     Raises: DataError naming the prompt whose columns hold something that JSON cannot.
     """
-    assert len(scored) == len(advantages), "one table of advantages per tree"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
         # no name and no time in the header: a record is compared byte for byte when a run is repeated
         with beside.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=5, fileobj=raw, mtime=0) as file:
-            for tree, table in zip(scored, advantages, strict=True):
-                file.write(_line(RecordedTree(scored=tree, advantages=table)))
+            for each in recorded:
+                file.write(_line(each))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -112,8 +126,13 @@ def _recorded(line: dict[str, Any]) -> RecordedTree:
     tables = ("step_scores", "leaf_scores", "step_signals", "leaf_signals")
     return RecordedTree(
         scored=ScoredTree(**{**scored, "tree": tree, **{name: _score_table(scored[name]) for name in tables}}),
-        advantages={int(row): terms for row, terms in line["advantages"].items()},
+        # Records written before a part was added lack it.
+        **{name: _by_row(line.get(name, {})) for name in ("advantages", "raw", "compared", "left_out")},
     )
+
+
+def _by_row(raw: dict[str, Any]) -> dict[int, Any]:
+    return {int(row): value for row, value in raw.items()}
 
 
 def _prompt(raw: dict[str, Any]) -> Prompt:

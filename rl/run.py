@@ -23,6 +23,7 @@ from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
 from rl.model import resolve_model
+from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.tree_credits import tree_credits
 from rl.progress import Progress
 from rl.record import Advantages, write_trees
@@ -34,7 +35,6 @@ from rollout.health import check_tool_crashes
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Prompt
-from rollout.waiting import wait_all
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Run:
                 )
             self.state = RunState(**stored["run"])
             self._checkpointed_step = self.state.step
-            self._ask(self._parts.learner.load.remote(str(found.path)), "the learner to load its checkpoint")
+            self._ask(self._learner.load(str(found.path)), "the learner to load its checkpoint")
             assert self._parts.publisher is not None, "a training run publishes weights"
             self._parts.publisher.publish(self.state.step, [])
             self._progress.note(f"resumed {found.path} at step {self.state.step}")
@@ -162,8 +162,8 @@ class Run:
         with self._stage("credit"):
             forest = forest_of(scored)
             if needs:
-                call = self._parts.learner.measure([each.tree for each in scored], needs)
-                forest = with_measured(forest, self._ask(call, "the learner to measure KL and values"))
+                calls = self._learner.measure([each.tree for each in scored], needs)
+                forest = with_measured(forest, self._ask(calls, "the learner to measure KL and values"))
             self._forest = forest
             credit = assign(forest, self.cfg.credit, self.cfg.rollout.max_steps)
         trained_N = credit.w0_N > 0
@@ -180,8 +180,8 @@ class Run:
         grown = [each.tree for each in scored]
         trees = tree_credits(grown, self._forest, credit, self.cfg.loss, self.cfg.rollout.max_context_tokens)
         with self._stage("update"):
-            call = self._parts.learner.update.remote(trees, self.state.step)
-            self._metrics |= self._ask(call, f"update {self.state.step}")
+            calls = self._learner.update(trees, self.state.step)
+            self._metrics |= self._ask(calls, f"update {self.state.step}")
         self.state.step += 1
         self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
         self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
@@ -251,12 +251,15 @@ class Run:
         self._progress.note(f"saved step {self.state.step}; continue with run.resume=true run.dir={self.folder.path}")
 
     def _write_learner(self, folder: Path) -> None:
-        self._ask(
-            self._parts.learner.save.remote(str(folder)), "the learner to write its checkpoint", CHECKPOINT_LIMIT_S
-        )
+        self._ask(self._learner.save(str(folder)), "the learner to write its checkpoint", CHECKPOINT_LIMIT_S)
 
-    def _ask(self, call: Any, what: str, limit_s: float | None = None) -> Any:
-        return wait_all([call], limit_s=limit_s or self.cfg.learner.update_timeout_s, what=what)[0]
+    @property
+    def _learner(self) -> LearnerGroup:
+        assert self._parts.learner is not None, "a training run has a learner"
+        return self._parts.learner
+
+    def _ask(self, calls: Calls, what: str, limit_s: float | None = None) -> Any:
+        return self._learner.answer(calls, limit_s=limit_s or self.cfg.learner.update_timeout_s, what=what)
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -23,13 +23,13 @@ from rl.credit.measured import Measured, Needs, measurements_needed
 from rl.policy.layouts.choose import choose_layout, self_check, smallest_forest
 from rl.policy.load import load_critic, load_policy, load_reference
 from rl.policy.lora import without_adapters
-from rl.policy.model import EdgeOutputs, TreeCritic, TreePolicy
+from rl.policy.model import EdgeOutputs, TreeCritic
 from rl.policy.objective import Objective, Totals, objective
 from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, plan_packs, unique_tokens
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
 from rl.policy.stored import read_checkpoint, write_checkpoint, write_engine_weights
 from rl.policy.tally import Tally
-from rl.policy.trained import Trained
+from rl.policy.trained import Trainable, Trained
 from rollout.seeds import derive_seed
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
@@ -168,7 +168,7 @@ class Learner:
         """Continue from a checkpoint folder, without executing anything stored in it."""
         read_checkpoint(Path(folder), self.policy, self.critic, self.cfg, self.ranks)
 
-    def _trained(self, module: TreePolicy | TreeCritic, learning_rate: float, max_grad_norm: float) -> Trained:
+    def _trained(self, module: Trainable, learning_rate: float, max_grad_norm: float) -> Trained[Trainable]:
         return Trained(
             module,
             self.cfg.learner,
@@ -179,7 +179,7 @@ class Learner:
             max_grad_norm=max_grad_norm,
         )
 
-    def _load_critic(self) -> tuple[Trained | None, Layout]:
+    def _load_critic(self) -> tuple[Trained[TreeCritic] | None, Layout]:
         critic = self.cfg.loss.critic
         if critic.kind is not CriticKind.model:
             return None, self.layout

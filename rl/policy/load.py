@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import Config, CriticKind
 from rl.policy.logprobs import require_known_head
-from rl.policy.lora import with_lora
+from rl.policy.lora import base_causal_lm, with_lora
 from rl.policy.model import TreeCritic, TreePolicy
 from rollout.seeds import derive_seed
 
@@ -22,7 +22,7 @@ def load_policy(cfg: Config, path: str, device: torch.device) -> TreePolicy:
     if cfg.model.lora.rank:
         model = with_lora(model, cfg.model.lora, derive_seed(cfg.seed, "lora"))
     if cfg.learner.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(base_causal_lm(model))
     has_value_head = cfg.loss.critic.kind is CriticKind.value_head
     policy = TreePolicy(model, cfg.rollout.temperature, has_value_head=has_value_head)
     return policy.to(device).train()

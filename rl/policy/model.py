@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -83,7 +84,7 @@ class TreeCritic(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.backbone = model.base_model
+        self.backbone = cast(PreTrainedModel, model.base_model)
         self.value_head = zero_head(model)
 
     def forward(self, batch: PackedBatch, layout: Layout) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from conf.schema import Config, LoraConfig
 from rl.policy.load import load_causal_lm
 from rl.policy.lora import base_causal_lm, load_adapter, merged_weights, save_adapter
+from rl.policy.model import TreeCritic, TreePolicy
 from rl.policy.optimizer import VALUE_HEAD
 from rl.policy.ranks import Ranks
 from rl.policy.trained import Trained
@@ -28,7 +29,7 @@ PREFIX = "model."
 """Before the Hugging Face name of every weight of a model without adapters, in a TreePolicy."""
 
 
-def write_engine_weights(path: Path, policy: Trained, cfg: Config, ranks: Ranks) -> None:
+def write_engine_weights(path: Path, policy: Trained[TreePolicy], cfg: Config, ranks: Ranks) -> None:
     """Write one safetensors file in model.dtype, named as on the hub, adapters merged, a tied head left out.
 
     The file appears whole or not at all, so that an engine never reads half of it. Collective; rank 0 writes.
@@ -41,7 +42,12 @@ def write_engine_weights(path: Path, policy: Trained, cfg: Config, ranks: Ranks)
 
 
 def write_checkpoint(
-    folder: Path, policy: Trained, critic: Trained | None, cfg: Config, ranks: Ranks, tokenizer_path: str
+    folder: Path,
+    policy: Trained[TreePolicy],
+    critic: Trained[TreeCritic] | None,
+    cfg: Config,
+    ranks: Ranks,
+    tokenizer_path: str,
 ) -> None:
     """Write the policy as a Hugging Face folder, and adapters, value head, critic and moments. Collective."""
     weights, states = policy.weights(), {POLICY: policy.optimizer_state()}
@@ -62,7 +68,9 @@ def write_checkpoint(
     torch.save(states, folder / OPTIMIZER_FILE)
 
 
-def read_checkpoint(folder: Path, policy: Trained, critic: Trained | None, cfg: Config, ranks: Ranks) -> None:
+def read_checkpoint(
+    folder: Path, policy: Trained[TreePolicy], critic: Trained[TreeCritic] | None, cfg: Config, ranks: Ranks
+) -> None:
     """Take back what `write_checkpoint` wrote. Collective; rank 0 reads.
 
     Raises: CheckpointError when it is of another model or another optimiser.

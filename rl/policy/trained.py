@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ class NonFiniteGradient(GroveError, RuntimeError):
     """A gradient that is NaN or infinite, caught before the optimiser could spread it over all weights."""
 
 
-class Trained:
+Trainable = TypeVar("Trainable", bound=nn.Module)
+
+
+class Trained(Generic[Trainable]):
     """Carries a module and its optimiser; every method that says "collective" is called on all ranks.
 
     Args:
@@ -38,7 +41,7 @@ class Trained:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Trainable,
         cfg: LearnerConfig,
         ranks: Ranks,
         *,

@@ -8,15 +8,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from conf.errors import StaleWeights
 from conf.schema import Config
+from rl.policy.actor import LearnerGroup
 from rollout.pool import RolloutPool
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Sampling
-from rollout.waiting import wait_all
 
 SHARED_MEMORY = Path("/dev/shm")
 CANARY_TOKENS = 16
@@ -25,7 +24,7 @@ CANARY_TOKENS = 16
 class WeightPublisher:
     """Writes each version to memory shared on this machine and has every engine load it in place."""
 
-    def __init__(self, cfg: Config, learner: Any, pool: RolloutPool) -> None:
+    def __init__(self, cfg: Config, learner: LearnerGroup, pool: RolloutPool) -> None:
         self._cfg, self._learner, self._pool = cfg, learner, pool
         parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="grove-weights-", dir=parent))
@@ -39,9 +38,8 @@ class WeightPublisher:
         started = time.monotonic()
         path = self._folder / f"version_{version}.safetensors"
         limit_s = self._cfg.learner.update_timeout_s
-        wait_all(
-            [self._learner.save_weights.remote(str(path))], limit_s=limit_s, what="the learner to write its weights"
-        )
+        calls = self._learner.save_weights(str(path))
+        self._learner.answer(calls, limit_s=limit_s, what="the learner to write its weights")
         self._pool.load_weights(str(path), version)
         for older in self._folder.glob("version_*.safetensors"):
             if older != path:
@@ -75,9 +73,9 @@ class WeightPublisher:
                 f"an engine serves version {served} after version {version} was published: what it samples would be "
                 "trained as if the newest policy had said it."
             )
-        call = self._learner.score.remote([(each.context_ids, each.token_ids) for each in sampled])
+        calls = self._learner.score([(each.context_ids, each.token_ids) for each in sampled])
         limit_s = self._cfg.learner.update_timeout_s
-        scored = iter(wait_all([call], limit_s=limit_s, what="the learner to score the canary")[0])
+        scored = iter(self._learner.answer(calls, limit_s=limit_s, what="the learner to score the canary"))
         gap_nats = max(
             statistics.fmean(mean_gap(each.logprobs, next(scored)) for each in engine) for engine in by_engine
         )

@@ -58,7 +58,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_at_tiny_size(
     monkeypatch.setattr(tables, "OUT", tmp_path)
     monkeypatch.setattr(learner_gpu, "REPEATS", 1)
     learner_gpu.main(["--quick"])
-    assert "comb" in capsys.readouterr().out
+    assert "tool" in capsys.readouterr().out
     assert (tmp_path / "quick_learner_gpu.json").exists()
 
 

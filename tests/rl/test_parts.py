@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from conf.schema import Config
 from rl.credit.assign import assign
 from rl.credit.forest import forest_of
 from rl.launch import Parts, launched
-from rl.run import advantage_tables, tree_credits
+from rl.policy.actor import Calls, LearnerGroup
+from rl.policy.tree_credits import tree_credits
+from rl.run import advantage_tables
 from rl.tiny import write_tiny_model
 from rollout.data import build_prompt_source
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampling
-from rollout.waiting import wait_all
 
 DEEP = ["rollout.max_turn_tokens=24", "rollout.max_steps=5", "cluster.num_cpus=2"]
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -57,6 +59,15 @@ def grow(parts: Parts, prompts: list[Prompt], seed: int = 0) -> list[Tree]:
     return [tree for _, tree in sorted(parts.pool.grow(prompts, seed))]
 
 
+def learner_of(parts: Parts) -> LearnerGroup:
+    assert parts.learner is not None
+    return parts.learner
+
+
+def answer(parts: Parts, calls: Calls) -> Any:
+    return learner_of(parts).answer(calls, limit_s=120, what="the learner")
+
+
 def same_but_for_the_cache(trees: list[Tree]) -> list[tuple[object, ...]]:
     return [(node.parent, node.action_ids, node.observation_ids, node.stop) for tree in trees for node in tree.nodes]
 
@@ -71,7 +82,7 @@ def test_two_workers_share_a_batch_and_repeat_it(parts: Parts, prompts: list[Pro
 def test_recorded_logprobs_are_the_models_own(parts: Parts, prompts: list[Prompt], model_path: str):
     tree = grow(parts, prompts[:1])[0]
     samples = [(tree.path_ids(node.parent), node.action_ids) for node in tree.nodes]
-    scored = wait_all([parts.learner.score.remote(samples)], limit_s=60, what="the learner")[0]
+    scored = answer(parts, learner_of(parts).score(samples))
     for node, logprobs in zip(tree.nodes, scored, strict=True):
         torch.testing.assert_close(torch.tensor(node.action_logprobs), torch.tensor(logprobs), rtol=0, atol=1e-4)
 
@@ -96,11 +107,13 @@ def test_engines_follow_the_learner_through_updates(
         credit = assign(forest, cfg.credit, cfg.rollout.max_steps)
         assert len(advantage_tables(forest, credit, len(scored))) == len(prompts)
         # an untrained model earns the same everywhere, so the test pays every step to have a gradient
-        trees = [replace(each, w_pos=each.w0) for each in tree_credits(scored, forest, credit)]
-        metrics = wait_all([parts.learner.update.remote(trees, version)], limit_s=120, what="update")[0]
+        grown = [each.tree for each in scored]
+        credits = tree_credits(grown, forest, credit, cfg.loss, cfg.rollout.max_context_tokens)
+        trees = [replace(each, w_pos=each.w0) for each in credits]
+        metrics = answer(parts, learner_of(parts).update(trees, version))
         assert metrics["loss/logprob_gap_nats"] < 1e-4 and metrics["learner/grad_norm"] > 0
-        assert parts.publisher.publish(version, [each.tree for each in scored])["weights/canary_gap_nats"] < 1e-4
-    wait_all([parts.learner.save.remote(str(tmp_path))], limit_s=60, what="save")
+        assert parts.publisher.publish(version, grown)["weights/canary_gap_nats"] < 1e-4
+    answer(parts, learner_of(parts).save(str(tmp_path)))
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     context_ids = list(prompts[0].token_ids)
     for (sampled,) in parts.pool.sample_everywhere([(context_ids, Sampling(max_tokens=12, temperature=0))]):
@@ -115,7 +128,7 @@ def test_the_canary_stops_a_run_whose_engines_serve_other_weights(
 ):
     assert parts.publisher is not None
     stale = tmp_path / "stale.safetensors"
-    wait_all([parts.learner.save_weights.remote(str(stale))], limit_s=60, what="save")
+    answer(parts, learner_of(parts).save_weights(str(stale)))
     spoil(stale)
     really_load = parts.pool.load_weights
     monkeypatch.setattr(parts.pool, "load_weights", lambda path, version: really_load(str(stale), version))

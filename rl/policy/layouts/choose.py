@@ -7,12 +7,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from subprocess import SubprocessError
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -114,7 +114,7 @@ def compiler_failure(device: torch.device) -> str | None:
     """Why torch cannot compile for a device, by trying; None when it can."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
-    except (TorchDynamoException, OSError) as error:
+    except (RuntimeError, OSError, SubprocessError) as error:
         return str(error).partition("\n")[0]
     return None
 

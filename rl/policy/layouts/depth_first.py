@@ -59,6 +59,10 @@ class _Piece:
     end: int
     """One past the last token of the subtree below it."""
 
+    def depths(self) -> slice:
+        """Its tokens' places on its path."""
+        return slice(self.depth, self.depth + self.stop - self.start)
+
     def has_children(self) -> bool:
         """True when others follow it on a path."""
         return self.end > self.stop
@@ -78,14 +82,24 @@ def _pieces(batch: PackedBatch, cut_tokens: int) -> list[_Piece]:
 
 @dataclass(slots=True)
 class _Layer:
-    """Keys and values of one layer along the current path: a token's place is its depth, so siblings overwrite."""
+    """Keys and values of one layer along the current path: a token's place is its depth, so siblings overwrite.
+
+    All are [1, heads, longest path, head_dim].
+    """
 
     key: Tensor
-    """[1, heads, longest path, head_dim]."""
     value: Tensor
     grad_key: Tensor | None = None
     """What the descendants met so far send back, at least float32; only in backward."""
     grad_value: Tensor | None = None
+
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the keys and of the values, 0 at first."""
+        if self.grad_key is None or self.grad_value is None:
+            wide = torch.promote_types(self.key.dtype, torch.float32)
+            self.grad_key = torch.zeros_like(self.key, dtype=wide)
+            self.grad_value = torch.zeros_like(self.value, dtype=wide)
+        return self.grad_key, self.grad_value
 
 
 @dataclass(slots=True)
@@ -96,36 +110,28 @@ class _Path:
     """Of the longest path."""
     layers: dict[int, _Layer] = field(default_factory=dict)
 
-    def write(self, layer: int, depth: int, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, piece: _Piece, key: Tensor, value: Tensor) -> None:
         """Keep a piece's keys and values."""
         if layer not in self.layers:
             self.layers[layer] = _Layer(self._room(key), self._room(value))
-        stop = depth + key.shape[2]
-        self.layers[layer].key[:, :, depth:stop] = key
-        self.layers[layer].value[:, :, depth:stop] = value
+        self.layers[layer].key[:, :, piece.depths()] = key
+        self.layers[layer].value[:, :, piece.depths()] = value
 
-    def add_gradients(self, layer: int, first: int, stop: int, grad_key: Tensor, grad_value: Tensor) -> None:
-        """Add what a piece sends back to the keys and values at depths [first, stop)."""
-        memory = self.layers[layer]
-        if memory.grad_key is None or memory.grad_value is None:
-            memory.grad_key = self._room(memory.key, torch.float32)
-            memory.grad_value = self._room(memory.value, torch.float32)
-        memory.grad_key[:, :, first:stop] += grad_key
-        memory.grad_value[:, :, first:stop] += grad_value
+    def add_gradients(self, layer: int, depths: slice, grad_key: Tensor, grad_value: Tensor) -> None:
+        """Add what a piece sends back to the keys and values of its ancestors."""
+        for total, grad in zip(self.layers[layer].grads(), (grad_key, grad_value), strict=True):
+            total[:, :, depths] += grad
 
-    def take_gradients(self, layer: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    def take_gradients(self, layer: int, piece: _Piece) -> list[Tensor]:
         """What all descendants of a piece have sent back; forgotten here, since the next piece there is another."""
-        memory = self.layers[layer]
-        assert memory.grad_key is not None and memory.grad_value is not None, "a descendant saw this piece"
-        grads = memory.grad_key[:, :, first:stop], memory.grad_value[:, :, first:stop]
-        taken = grads[0].to(memory.key.dtype, copy=True), grads[1].to(memory.value.dtype, copy=True)
-        for grad in grads:
-            grad.zero_()
+        taken = []
+        for total in self.layers[layer].grads():
+            taken.append(total[:, :, piece.depths()].to(self.layers[layer].key.dtype, copy=True))
+            total[:, :, piece.depths()] = 0.0
         return taken
 
-    def _room(self, like: Tensor, at_least: torch.dtype | None = None) -> Tensor:
-        dtype = like.dtype if at_least is None else torch.promote_types(like.dtype, at_least)
-        return like.new_zeros(1, like.shape[1], self.num_tokens, like.shape[3], dtype=dtype)
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_zeros(1, like.shape[1], self.num_tokens, like.shape[3])
 
 
 class _PieceAttention:
@@ -138,8 +144,8 @@ class _PieceAttention:
         self.path, self.piece, self.keeps_graph = path, piece, keeps_graph
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         """With a graph: the piece's own keys and values of each layer."""
-        self.before: dict[int, tuple[int, Tensor, Tensor]] = {}
-        """With a graph: depth of the first ancestor seen, and the ancestors' keys and values as leaves."""
+        self.before: dict[int, tuple[slice, Tensor, Tensor]] = {}
+        """With a graph: depths of the ancestors seen, and their keys and values as leaves."""
         self.masks: dict[int | None, Tensor] = {}
         """By window."""
 
@@ -157,7 +163,7 @@ class _PieceAttention:
         """See `rl.policy.layouts.attention.AttentionPlan`."""
         first = 0 if window is None else max(0, self.piece.depth + 1 - window)
         if not self.keeps_graph:
-            self.path.write(layer, self.piece.depth, key, value)
+            self.path.write(layer, self.piece, key, value)
         elif layer not in self.own:  # a checkpointed layer comes here again in backward
             self.own[layer] = key, value
         if self.piece.depth > first:
@@ -172,7 +178,7 @@ class _PieceAttention:
             key, value = memory.key[:, :, depths].detach(), memory.value[:, :, depths].detach()
             if not self.keeps_graph:
                 return key, value
-            self.before[layer] = first, key.requires_grad_(), value.requires_grad_()
+            self.before[layer] = depths, key.requires_grad_(), value.requires_grad_()
         return self.before[layer][1:]
 
     def _mask(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -195,7 +201,7 @@ class _Walk:
 
     def new_path(self) -> _Path:
         """Room for the longest path."""
-        return _Path(max((piece.depth + piece.stop - piece.start for piece in self.pieces), default=0))
+        return _Path(max(piece.depths().stop for piece in self.pieces))
 
     def hidden(self, piece: _Piece, plan: _PieceAttention) -> Tensor:
         """Last hidden states of one piece, with its ancestors as context."""
@@ -228,15 +234,15 @@ class _Walk:
         outputs, grads = [hidden], [grad_hidden_TD[piece.start : piece.stop]]
         if piece.has_children():
             for layer, own in plan.own.items():
-                taken = path.take_gradients(layer, piece.depth, piece.depth + piece.stop - piece.start)
+                taken = path.take_gradients(layer, piece)
                 # With adapters, the first layers' keys may depend on nothing that is trained.
                 pairs = [pair for pair in zip(own, taken, strict=True) if pair[0].requires_grad]
                 outputs += [tensor for tensor, _ in pairs]
                 grads += [grad for _, grad in pairs]
         torch.autograd.backward(outputs, grads)
-        for layer, (first, key, value) in plan.before.items():
+        for layer, (depths, key, value) in plan.before.items():
             assert key.grad is not None and value.grad is not None, "attention reads every key it is given"
-            path.add_gradients(layer, first, piece.depth, key.grad, value.grad)
+            path.add_gradients(layer, depths, key.grad, value.grad)
         self._ready_for_forward()
 
     def _ready_for_forward(self) -> None:

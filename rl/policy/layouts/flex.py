@@ -69,8 +69,10 @@ class FlexPlan:
             )
         # As a tensor it is an input: compiled for dynamic lengths, a number would be taken for one more of them.
         cap = None if softcap is None else torch.full((), softcap, device=query.device)
+        # The usual scale is a constant of the kernel; a number would turn dynamic once two models differ in it.
+        scale = None if scaling == query.shape[3] ** -0.5 else scaling
         attend = _compiled() if on_gpu else _attend
-        return attend(query, key, value, self.end_T, self.depth_T, self.tables(window), scaling, window, cap)
+        return attend(query, key, value, self.end_T, self.depth_T, self.tables(window), scale, window, cap)
 
     def tables(self, window: int | None) -> BlockTables:
         """The tables of a layer with this window."""
@@ -99,7 +101,7 @@ def _attend(
     end_T: Tensor,
     depth_T: Tensor,
     tables: BlockTables,
-    scaling: float | None,
+    scale: float | None,
     window: int | None,
     softcap: Tensor | None,
 ) -> Tensor:
@@ -122,7 +124,7 @@ def _attend(
         value,
         score_mod=None if softcap is None else capped,
         block_mask=BlockMask((length, length), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees),
-        scale=scaling,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor), "log-sum-exps were not asked for"

@@ -5,10 +5,26 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from rl.policy.layouts.attention import ATTENTION_NAME, register_tree_attention
 from rl.policy.pack import TreeCredit
@@ -87,8 +103,20 @@ def forests(max_trees: int = 3, max_steps: int = 9) -> st.SearchStrategy[list[Pa
     return st.lists(paired_trees(max_steps), min_size=1, max_size=max_trees)
 
 
+def drawn_forest(seed: int) -> list[PairedTree]:
+    """One to three trees of up to nine steps, any shape."""
+    rng = random.Random(seed)
+    shapes = [[rng.randint(ROOT, row - 1) for row in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 3))]
+    sizes = [[(rng.randint(1, 5), rng.randint(0, 3)) for _ in parents] for parents in shapes]
+    return [paired(grown(*shape, rng), rng) for shape in zip(shapes, sizes, strict=True)]
+
+
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma", "gemma2", "gemma3", "qwen3_moe", "mixtral")
+"""Those with windows (of 4 tokens, in all layers or in one) are qwen2, mistral, gemma2 and gemma3; gemma2 has caps too."""
+
+
 def tiny(family: str, dtype: torch.dtype = torch.float32, *, tied: bool = True, **changes: object) -> PreTrainedModel:
-    """A random Qwen3 or Llama with grouped-query heads and the tree attention."""
+    """A random model of two layers with grouped-query heads and the tree attention."""
     register_tree_attention()
     torch.manual_seed(0)
     sizes: dict[str, object] = {
@@ -106,12 +134,57 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, tied: bool = True, 
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**{**sizes, **changes})
-    return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(dtype)
+    config, own = _family(family)
+    config = config(**{**sizes, **own, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(dtype)
+    if dtype == torch.float64:  # the experts' grouped kernels know no float64
+        model.set_experts_implementation("eager")
+    return model
+
+
+def _family(family: str) -> tuple[type[PreTrainedConfig], dict[str, object]]:
+    mixed = ["sliding_attention", "full_attention"]
+    experts = {"num_experts_per_tok": 2, "output_router_logits": False}
+    return {
+        "qwen3": (Qwen3Config, {}),
+        "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "layer_types": mixed}),
+        "llama": (LlamaConfig, {}),
+        "mistral": (MistralConfig, {"sliding_window": 4}),
+        "gemma": (GemmaConfig, {}),
+        "gemma2": (
+            Gemma2Config,
+            {
+                "sliding_window": 4,
+                "layer_types": mixed,
+                "query_pre_attn_scalar": 6,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 3.0,
+            },
+        ),
+        "gemma3": (Gemma3TextConfig, {"sliding_window": 4, "layer_types": mixed, "query_pre_attn_scalar": 8}),
+        "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 24, **experts}),
+        "mixtral": (MixtralConfig, {"num_local_experts": 4, **experts}),
+    }[family]
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights behind transformers' own causal attention ("eager" would round its softmax to float32)."""
+    """The same weights behind transformers' own attention: SDPA, or the written-out one that alone knows caps."""
     plain = copy.deepcopy(model)
-    plain.set_attn_implementation("sdpa")
+    has_cap = getattr(model.config, "attn_logit_softcapping", None) is not None
+    plain.set_attn_implementation("eager" if has_cap else "sdpa")
     return plain
+
+
+class KeepsFloat64(TorchFunctionMode):
+    """Inside, float64 stays float64: transformers' norms, routers and written-out softmaxes round to float32, where a
+    sum of rounded gradients is not the rounded sum.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
+        return func(*args, **kwargs)

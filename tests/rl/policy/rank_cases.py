@@ -1,4 +1,4 @@
-"""What several ranks do together, each case a function of the ranks; run in processes of their own, all in one start."""
+"""What several ranks do together: each case is a function of the ranks, run in processes that start once for all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_trees import VOCABULARY, grown, paired, tiny
+from policy_trees import grown, paired, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from conf.errors import CheckpointError
 from conf.schema import Layout, LearnerConfig, LoraConfig, OptimizerKind
-from rl.policy.layouts.attention import register_tree_attention
 from rl.policy.lora import with_lora
 from rl.policy.model import EdgeOutputs, TreeCritic, TreePolicy
 from rl.policy.optimizer import build_optimizer
@@ -59,10 +59,9 @@ def _run(rank: int, address: str, cases: list[Callable[[Ranks], Any]], folder: s
     found: dict[str, Any] = {}
     for case in cases:
         try:
-            import time, sys; t=time.time(); print(rank, case.__name__, file=sys.stderr, flush=True)
-            found[case.__name__] = case(ranks); print(rank, time.time()-t, file=sys.stderr, flush=True)
+            found[case.__name__] = case(ranks)
         except Exception:
-            found[case.__name__] = traceback.format_exc(); print(found[case.__name__], file=sys.stderr)
+            found[case.__name__] = traceback.format_exc()
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     ranks.close()
 
@@ -150,34 +149,30 @@ def adapter_gradients(ranks: Ranks) -> dict[str, Tensor]:
     return sharded_gradients(adapted_policy(), ranks)
 
 
-def one_pack_each(ranks: Ranks) -> dict[str, Tensor]:
-    module = policy()
+def critic() -> TreeCritic:
+    """The same at every call."""
+    made = TreeCritic(tiny("qwen3")).train()
+    torch.manual_seed(1)
+    torch.nn.init.normal_(made.value_head.weight, std=0.1)
+    return made
+
+
+def critic_gradients(ranks: Ranks) -> dict[str, Tensor]:
+    module = critic()
     shard(module, ranks, torch.float32, offload=False)
-    train_on(module, [packs_of(forest())[ranks.rank]])
+    (module(pack(packs_of(forest())[ranks.rank]), Layout.segments) - 1.0).square().sum().backward()
     return gradients(module)
 
 
-def critic_values(ranks: Ranks) -> list[float]:
-    """A critic trains over ranks too: its values after one step."""
-    module = TreeCritic(tiny("qwen3")).train()
-    shard(module, ranks, torch.float32, offload=False)
-    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
-    batch = pack(packs_of(forest())[ranks.rank])
-    (module(batch, Layout.segments) - 1.0).square().sum().backward()
-    optimizer.step()
-    return module(pack(forest(1)), Layout.segments).tolist()
-
-
-def head_alone(ranks: Ranks) -> list[str]:
-    """Names that get a gradient while a new value head warms up, on a second pack with the whole policy's behind it."""
+def head_alone(ranks: Ranks) -> list[list[str]]:
+    """Names with a gradient after a pack of a value head's warm-up, and after a pack of the whole policy behind it."""
     module = policy(has_value_head=True)
     shard(module, ranks, torch.float32, offload=False)
-    batch = pack(forest(1))
-    value_E = module(batch, Layout.segments, trains_trunk=False).value_E
+    value_E = module(pack(forest(1)), Layout.segments, trains_trunk=False).value_E
     value_E.sum().backward()
     alone = sorted(gradients(module))
     train_on(module, [forest(1)])
-    return [*alone, str(len(gradients(module)) == len(list(module.parameters())))]
+    return [alone, sorted(gradients(module))]
 
 
 def clipped(ranks: Ranks) -> tuple[float, dict[str, Tensor]]:
@@ -241,12 +236,8 @@ def trained_8bit(ranks: Ranks) -> dict[str, Any]:
 
 
 def wide_policy() -> TreePolicy:
-    """Rows of 64 in a multiple of 4: some shards are large enough for moments in 8 bits."""
-    made = TreePolicy(tiny("qwen3", hidden_size=64, intermediate_size=128), 1.0, has_value_head=True).train()
-    assert made.value_head is not None
-    torch.manual_seed(1)
-    torch.nn.init.normal_(made.value_head.weight, std=0.1)
-    return made
+    """Half of a layer of the feed-forward network is large enough for moments in 8 bits: 4,096 values."""
+    return TreePolicy(tiny("qwen3", hidden_size=64, intermediate_size=128), 1.0, has_value_head=True).train()
 
 
 def bfloat16_compute(ranks: Ranks) -> dict[str, Any]:
@@ -271,12 +262,6 @@ def wrong_weights(ranks: Ranks) -> str:
     shard(module, ranks, torch.float32, offload=False)
     try:
         load_full_weights(module, {"model.other": torch.zeros(2)} if ranks.rank == 0 else {})
-    except ValueError as error:
-        return f"ValueError: {error}"
-    except RuntimeError as error:
+    except CheckpointError as error:
         return str(error)
     return "accepted"
-
-
-register_tree_attention()
-assert VOCABULARY % NUM_RANKS == 0

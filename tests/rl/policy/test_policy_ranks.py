@@ -107,7 +107,9 @@ def test_a_dummy_has_finite_outputs_and_no_gradient_to_the_last_bit(layout: Layo
     assert is_dummy(batch) and len(batch.input_ids_T) == 4
     outputs = policy(batch, layout)
     assert outputs.value_E is not None and batch.paths is not None
-    everything = (outputs.logprob_E + outputs.entropy_E + outputs.value_E) * (batch.w0_E + batch.w_pos_E + batch.w_neg_E)
+    everything = (outputs.logprob_E + outputs.entropy_E + outputs.value_E) * (
+        batch.w0_E + batch.w_pos_E + batch.w_neg_E
+    )
     assert batch.paths.weight_M.tolist() == [0.0] and torch.isfinite(outputs.logprob_E).all()
     everything.sum().backward()
     assert all((weight.grad == 0).all() for weight in policy.parameters() if weight.grad is not None)

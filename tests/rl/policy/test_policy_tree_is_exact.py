@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
-from policy_trees import PairedTree, forests, grown, paired, plain_copy, tiny
+from policy_trees import (
+    FAMILIES,
+    KeepsFloat64,
+    PairedTree,
+    drawn_forest,
+    forests,
+    grown,
+    paired,
+    plain_copy,
+    tiny,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from rl.policy.attention import plan_attention
-from rl.policy.learner import head_weight, tree_hidden
-from rl.policy.logprobs import edge_logprobs
-from rl.policy.loss import log_ratio, ppo_clip, weighted_mean
-from rl.policy.pack import TreeCredit, pack, plan_packs
+from conf.schema import Layout
+from rl.policy.layouts.hidden import tree_hidden
+from rl.policy.layouts.segments import SegmentPlan
+from rl.policy.logprobs import edge_logprobs, output_head
+from rl.policy.loss import log_ratio, ppo_clip
+from rl.policy.pack import PackedBatch, TreeCredit, pack, plan_packs
 from rollout.tree import ROOT
 
 CLIP_LOW, CLIP_HIGH, ENTROPY_COEF, TEMPERATURE = 0.2, 0.28, 0.1, 0.8
+ON_CPU = (Layout.segments, Layout.mask)
+"""Packed layouts that have a backward pass on a CPU."""
+
+SHAPES: dict[str, tuple[list[int], list[tuple[int, int]]]] = {
+    "a chain": ([ROOT, 0, 1], [(3, 2), (1, 1), (2, 0)]),
+    "forks at the root alone": ([ROOT] * 4, [(5, 0), (1, 0), (3, 0), (2, 0)]),
+    "a fork inside a turn": ([ROOT, 0, 0, 1, 1], [(2, 0), (2, 0), (1, 2), (1, 0), (4, 0)]),
+    "one-token steps": ([ROOT, ROOT, 0, 0, 2, 2], [(1, 0)] * 6),
+    "a comb with ragged leaves": ([ROOT, ROOT, 0, 0, 2, 2, 4, 4], [(2, 2), (5, 0), (1, 3), (4, 0)] * 2),
+    "a deep tree": ([ROOT, *range(10), 5, 3], [(1, 1)] * 13),
+}
+"""Parent and (action tokens, observation tokens) of each step."""
 
 
 def one_by_one(
@@ -49,24 +70,28 @@ def one_by_one(
 
 
 def sequence_logprobs(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
-    return (model(input_ids=torch.tensor([token_ids])).logits[0] / TEMPERATURE).log_softmax(-1)
+    return (model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
 
 
-def packed(model: PreTrainedModel, credits: Sequence[TreeCredit], pad_multiple: int = 1) -> tuple[Tensor, Tensor]:
+def packed(model: PreTrainedModel, batch: PackedBatch, layout: Layout = Layout.segments) -> tuple[Tensor, Tensor]:
     """Log-probs of the edges and the same loss, of one pack."""
-    batch = pack(credits, pad_multiple)
-    hidden_TD = tree_hidden(model, batch.input_ids_T, batch.position_T, plan_attention(batch.end_T))
+    hidden_TD = tree_hidden(model.base_model, batch, layout)
     logprob_E, entropy_E = edge_logprobs(
-        hidden_TD, head_weight(model), batch.edge_row_E, batch.edge_target_E, TEMPERATURE, chunk_rows=7
+        hidden_TD, output_head(model), batch.edge_row_E, batch.edge_target_E, TEMPERATURE, chunk_rows=7
     )
     shift_E = log_ratio(logprob_E, batch.old_logprob_E.to(model.dtype))
     w_pos_E, w_neg_E, w0_E = (values.to(model.dtype) for values in (batch.w_pos_E, batch.w_neg_E, batch.w0_E))
     policy = ppo_clip(shift_E, w_pos_E, w_neg_E, CLIP_LOW, CLIP_HIGH).sum()
-    return logprob_E.detach(), policy - ENTROPY_COEF * weighted_mean(entropy_E, w0_E, 1.0)
+    return logprob_E.detach(), policy - ENTROPY_COEF * (w0_E * entropy_E).sum()
+
+
+def packed_loss(model: PreTrainedModel, credits: Sequence[TreeCredit], pad_multiple: int = 1) -> Tensor:
+    return packed(model, pack(credits, pad_multiple))[1]
 
 
 def gradients(model: PreTrainedModel, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters())))
+    """One per parameter, zeros for an expert that no token went to."""
+    return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
 
 
 def check_gradients(found: list[Tensor], expected: list[Tensor], relative: float) -> None:
@@ -77,23 +102,35 @@ def check_gradients(found: list[Tensor], expected: list[Tensor], relative: float
         assert (grad - expected_grad).abs().max().item() <= relative * scale
 
 
-def check_tree_equals_trajectories(model: PreTrainedModel, forest: list[PairedTree], relative: float) -> None:
+def check_tree_equals_trajectories(
+    model: PreTrainedModel,
+    forest: Sequence[PairedTree],
+    relative: float,
+    layouts: Sequence[Layout] = ON_CPU,
+    change: Callable[[PackedBatch], None] = lambda batch: None,
+) -> None:
+    """Log-probs, loss and gradients of each layout, against transformers' own attention on each path alone."""
     plain = plain_copy(model)
     expected_logprobs, expected_loss = one_by_one(plain, forest)
+    expected_grads = gradients(plain, expected_loss)
     credits = [each.credit() for each in forest]
-    logprob_E, loss = packed(model, credits)
-    for (number, row, _), expected in expected_logprobs.items():
-        first = first_edges(credits)[number, row]
-        torch.testing.assert_close(logprob_E[first : first + len(expected)], expected, rtol=relative, atol=relative)
-    torch.testing.assert_close(loss, expected_loss, rtol=relative, atol=relative)
-    check_gradients(gradients(model, loss), gradients(plain, expected_loss), relative)
+    firsts = first_edges(credits)
+    for layout in layouts:
+        batch = pack(credits)
+        change(batch)
+        logprob_E, loss = packed(model, batch, layout)
+        for (number, row, _), expected in expected_logprobs.items():
+            first = firsts[number, row]
+            torch.testing.assert_close(logprob_E[first : first + len(expected)], expected, rtol=relative, atol=relative)
+        torch.testing.assert_close(loss, expected_loss, rtol=relative, atol=relative)
+        check_gradients(gradients(model, loss), expected_grads, relative)
 
 
 def first_edges(credits: Sequence[TreeCredit]) -> dict[tuple[int, int], int]:
     """(tree, row) -> its first edge: trees in order, rows depth first."""
     firsts, edge = {}, 0
     for number, credit in enumerate(credits):
-        stack = credit.tree.children(-1)[::-1]
+        stack = credit.tree.children(ROOT)[::-1]
         while stack:
             row = stack.pop()
             stack += credit.tree.children(row)[::-1]
@@ -103,73 +140,142 @@ def first_edges(credits: Sequence[TreeCredit]) -> dict[tuple[int, int], int]:
     return firsts
 
 
+def shaped(name: str) -> list[PairedTree]:
+    rng = random.Random(name)
+    return [paired(grown(*SHAPES[name], rng), rng)]
+
+
 @pytest.fixture
-def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers' norms round to float32 inside, where a sum of rounded gradients is not the rounded sum."""
-
-    def forward(self: Qwen3RMSNorm | LlamaRMSNorm, hidden: Tensor) -> Tensor:
-        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-
-
-def drawn_forest(seed: int) -> list[PairedTree]:
-    rng = random.Random(seed)
-    shapes = [[rng.randint(ROOT, row - 1) for row in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 3))]
-    sizes = [[(rng.randint(1, 5), rng.randint(0, 3)) for _ in parents] for parents in shapes]
-    return [paired(grown(*shape, rng), rng) for shape in zip(shapes, sizes, strict=True)]
+def float64_is_kept() -> Iterator[None]:
+    with KeepsFloat64():
+        yield
 
 
 # Drawn, not searched: hypothesis would dig for forests whose gradients cancel until only float32's rounding is left.
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_forests_train_as_their_trajectories_do_in_float32(family: str):
     model = tiny(family, tied=family == "qwen3")
-    for seed in range(10):
+    for seed in range(2):
         check_tree_equals_trajectories(model, drawn_forest(seed), 1e-5)
 
 
-@pytest.mark.usefixtures("norms_in_float64")
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_trees_of_every_shape_train_as_their_trajectories_do(family: str, name: str):
+    check_tree_equals_trajectories(tiny(family), shaped(name), 1e-5)
+
+
+@pytest.mark.usefixtures("float64_is_kept")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_forests_train_as_their_trajectories_do_in_float64(family: str):
     model = tiny(family, torch.float64)
 
-    @settings(max_examples=15, deadline=None)
-    @given(forests())
+    @settings(max_examples=3, deadline=None)
+    @given(forests(max_trees=2, max_steps=7))
     def check(forest: list[PairedTree]) -> None:
         check_tree_equals_trajectories(model, forest, 1e-10)
 
     check()
 
 
-@pytest.mark.usefixtures("norms_in_float64")
-def test_splits_and_packings_add_up_to_the_same_gradient():
-    model = tiny("qwen3", torch.float64)
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64_is_kept")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_packed_forests_train_as_their_trajectories_do_in_float64(family: str):
+    model = tiny(family, torch.float64)
 
-    @settings(max_examples=15, deadline=None)
-    @given(forests())
+    @settings(max_examples=40, deadline=None)
+    @given(forests(max_steps=14))
     def check(forest: list[PairedTree]) -> None:
-        credits = [each.credit() for each in forest]
-        expected = gradients(model, packed(model, credits, pad_multiple=16)[1])
-        for budget in (1, 20):
-            parts = [packed(model, each)[1] for each in plan_packs(credits, budget)]
-            check_gradients(gradients(model, torch.stack(parts).sum()), expected, 1e-10)
+        check_tree_equals_trajectories(model, forest, 1e-10)
 
     check()
 
 
-@pytest.mark.usefixtures("norms_in_float64")
-def test_gradient_checkpointing_changes_nothing():
-    model, stored = tiny("qwen3", torch.float64), tiny("qwen3", torch.float64)
-    stored.train()
-    stored.gradient_checkpointing_enable({"use_reentrant": False})
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_packed_forests_train_as_their_trajectories_do_in_float32(family: str):
+    model = tiny(family)
+    for seed in range(2, 30):
+        check_tree_equals_trajectories(model, drawn_forest(seed), 1e-5)
+
+
+def wrong_end(batch: PackedBatch) -> None:
+    """The first token behind a branch sees the branch's last one."""
+    closes_T = (batch.end_T < len(batch.end_T)) & (torch.arange(1, len(batch.end_T) + 1) == batch.end_T)
+    batch.end_T = batch.end_T + closes_T.long()
+
+
+def wrong_position(batch: PackedBatch) -> None:
+    """Branches behind the first start one position late; a shift of whole paths would be invisible to the model."""
+    jumps_T = batch.position_T.diff(prepend=torch.tensor([-1])) != 1
+    batch.position_T = batch.position_T + (jumps_T & (batch.position_T > 0)).cumsum(0)
+
+
+def wrong_row(batch: PackedBatch) -> None:
+    """The first token of a branch is predicted from the token before it in the pack, as shifted labels would have it."""
+    batch.edge_row_E = batch.edge_token_E - 1
+
+
+@pytest.mark.parametrize("change", [wrong_end, wrong_position, wrong_row])
+@pytest.mark.parametrize("layout", ON_CPU)
+def test_a_pack_with_one_thing_off_by_one_is_noticed(layout: Layout, change: Callable[[PackedBatch], None]):
+    model, forest = tiny("qwen3"), shaped("a comb with ragged leaves")
+    check_tree_equals_trajectories(model, forest, 1e-5, [layout])
+    with pytest.raises(AssertionError):
+        check_tree_equals_trajectories(model, forest, 1e-5, [layout], change)
+
+
+@pytest.mark.parametrize("wrong", [3, 5])
+@pytest.mark.parametrize("layout", ON_CPU)
+def test_a_window_off_by_one_is_noticed(layout: Layout, wrong: int, monkeypatch: pytest.MonkeyPatch):
+    model, forest = tiny("mistral"), shaped("a deep tree")
+    attend = SegmentPlan.attend
+    check_tree_equals_trajectories(model, forest, 1e-5, [layout])
+    model.config.sliding_window = wrong
+    # The copy that stands for the truth is made from the model, so it is made before the window goes wrong.
+    monkeypatch.setattr("test_policy_tree_is_exact.plain_copy", lambda _: plain_copy(tiny("mistral")))
+    with pytest.raises(AssertionError):
+        check_tree_equals_trajectories(model, forest, 1e-5, [layout])
+    assert SegmentPlan.attend is attend
+
+
+@pytest.mark.usefixtures("float64_is_kept")
+def test_splits_and_packings_add_up_to_the_same_gradient():
+    model = tiny("gemma2", torch.float64)
 
     @settings(max_examples=5, deadline=None)
     @given(forests())
     def check(forest: list[PairedTree]) -> None:
         credits = [each.credit() for each in forest]
-        expected = gradients(model, packed(model, credits)[1])
-        # torch.autograd.grad with checkpoints inside needs the non-reentrant kind, which the learner uses too.
-        check_gradients(gradients(stored, packed(stored, credits)[1]), expected, 1e-12)
+        expected = gradients(model, packed_loss(model, credits, pad_multiple=16))
+        for budget in (1, 20):
+            parts = [packed_loss(model, each) for each in plan_packs(credits, budget)]
+            check_gradients(gradients(model, torch.stack(parts).sum()), expected, 1e-10)
 
     check()
+
+
+@pytest.mark.usefixtures("float64_is_kept")
+def test_gradient_checkpointing_changes_nothing():
+    model, stored = tiny("qwen3", torch.float64), tiny("qwen3", torch.float64)
+    stored.train()
+    stored.gradient_checkpointing_enable({"use_reentrant": False})
+    for seed in range(3):
+        credits = [each.credit() for each in drawn_forest(seed)]
+        expected = gradients(model, packed_loss(model, credits))
+        # torch.autograd.grad with checkpoints inside needs the non-reentrant kind, which the learner uses too.
+        check_gradients(gradients(stored, packed_loss(stored, credits)), expected, 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_flex_sees_what_segments_see(family: str):
+    model = tiny(family)
+    # Each of these packs is one block of 128 tokens and some padding.
+    for seed in range(2):
+        batch = pack([each.credit() for each in drawn_forest(seed)], pad_multiple=128)
+        expected_TD = tree_hidden(model.base_model, batch, Layout.segments)
+        found_TD = tree_hidden(model.base_model, batch, Layout.flex)
+        torch.testing.assert_close(found_TD, expected_TD, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+from policy_trees import tiny
+from rank_cases import forest, gradients, packs_of, policy, stepped, train_on, wide_policy
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from conf.errors import CheckpointError
+from conf.schema import Layout, LearnerConfig
+from rl.policy.model import TreePolicy
+from rl.policy.optimizer import build_optimizer
+from rl.policy.pack import pack
+from rl.policy.ranks import Ranks
+from rl.policy.sharding import (
+    clip_gradients,
+    full_optimizer_state,
+    full_weights,
+    load_full_optimizer_state,
+    load_full_weights,
+    shard,
+)
+
+HAS_8BIT = importlib.util.find_spec("torchao") is not None
+CASES = [
+    rank_cases.tied_gradients,
+    rank_cases.untied_gradients,
+    rank_cases.checkpointed_gradients,
+    rank_cases.value_head_gradients,
+    rank_cases.adapter_gradients,
+    rank_cases.critic_gradients,
+    rank_cases.head_alone,
+    rank_cases.clipped,
+    rank_cases.statistics,
+    rank_cases.unseen_update,
+    rank_cases.trained,
+    rank_cases.bfloat16_compute,
+    rank_cases.wrong_weights,
+    *([rank_cases.trained_8bit] if HAS_8BIT else []),
+]
+ALONE = Ranks.alone(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What two processes found, by case and rank; they start once for all tests here."""
+    return rank_cases.run_ranks(CASES, tmp_path_factory.mktemp("ranks"))
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], share: float = 1e-6) -> None:
+    """Equal up to a share of each tensor's largest value."""
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=share * max(1e-9, values.abs().max().item()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "module"),
+    [
+        ("tied_gradients", policy),
+        ("untied_gradients", partial(policy, tied=False)),
+        ("checkpointed_gradients", partial(policy, checkpointed=True)),
+        ("value_head_gradients", partial(policy, has_value_head=True)),
+        ("adapter_gradients", rank_cases.adapted_policy),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_two_ranks_with_different_trees_and_a_dummy_sum_to_the_gradients_of_one_process(
+    of_two_ranks: dict[str, list[Any]], case: str, module: Callable[[], TreePolicy]
+):
+    alone = module()
+    train_on(alone, packs_of(forest()))
+    wanted = gradients(alone)
+    assert all(values.any() for values in wanted.values())
+    for found in of_two_ranks[case]:
+        assert_close(found, wanted)
+
+
+@pytest.mark.slow
+def test_two_ranks_sum_the_gradients_of_a_critic(of_two_ranks: dict[str, list[Any]]):
+    module = rank_cases.critic()
+    for trees in packs_of(forest())[:2]:
+        (module(pack(trees), Layout.segments) - 1.0).square().sum().backward()
+    for found in of_two_ranks["critic_gradients"]:
+        assert_close(found, gradients(module))
+
+
+@pytest.mark.slow
+def test_a_value_head_can_warm_up_alone(of_two_ranks: dict[str, list[Any]]):
+    everything = sorted(name for name, _ in policy(has_value_head=True).named_parameters())
+    assert of_two_ranks["head_alone"] == [[["value_head.bias", "value_head.weight"], everything]] * 2
+
+
+@pytest.mark.slow
+def test_gradients_are_clipped_by_the_norm_over_all_ranks(of_two_ranks: dict[str, list[Any]]):
+    module = policy()
+    train_on(module, packs_of(forest()))
+    norm = clip_gradients(module.parameters(), 0.5)
+    assert norm > 0.5, "there was something to clip"
+    for found_norm, found in of_two_ranks["clipped"]:
+        assert found_norm == pytest.approx(norm, rel=1e-6)
+        assert_close(found, gradients(module))
+
+
+@pytest.mark.slow
+def test_ranks_sum_and_maximise_numbers_that_only_some_have(of_two_ranks: dict[str, list[Any]]):
+    sums, maxima = {"tokens": pytest.approx(1.2), "alone": 2.0}, {"tokens": 1.1, "alone": 2.0}
+    gathered = [{"from": 0}, {"from": 1}]
+    assert of_two_ranks["statistics"] == [[sums, maxima, gathered], [sums, maxima, None]]
+
+
+@pytest.mark.slow
+def test_a_pass_without_gradients_does_not_hide_the_next_update(of_two_ranks: dict[str, list[Any]]):
+    for after_a_pass, without_one in of_two_ranks["unseen_update"]:
+        assert after_a_pass == without_one
+
+
+@pytest.mark.slow
+def test_each_rank_keeps_its_share_of_the_moments(of_two_ranks: dict[str, list[Any]]):
+    total = sum(weight.numel() for weight in wide_policy().parameters())
+    first, second = (found["own"] for found in of_two_ranks["trained"])
+    assert first + second == total
+    assert abs(first - second) <= 64 + 1, "only the value head, of one row and one bias, is not halved"
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_to_the_same_bits(of_two_ranks: dict[str, list[Any]]):
+    first, second = of_two_ranks["trained"]
+    assert second["weights"] == second["state"] == second["after"] == {}, "rank 0 alone holds what is whole"
+    assert all(torch.equal(first["resumed"][name], weight) for name, weight in first["after"].items())
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_ranks_stopped(of_two_ranks: dict[str, list[Any]]):
+    found = of_two_ranks["trained"][0]
+    module = wide_policy()
+    optimizer = build_optimizer(module, LearnerConfig(weight_decay=0.1), 1e-2, 1e-3)
+    load_full_weights(module, found["weights"])
+    load_full_optimizer_state(module, optimizer, found["state"])
+    stepped(module, optimizer, ALONE, 1)
+    assert_close(full_weights(module), found["after"], share=1e-5)
+    stepped(module, optimizer, ALONE, 1)
+    moved = (full_weights(module)[name] - weight for name, weight in found["after"].items())
+    assert max(each.abs().max().item() for each in moved) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_8BIT, reason="needs torchao")
+def test_moments_in_8_bits_resume_to_the_same_bits_on_two_ranks(of_two_ranks: dict[str, list[Any]]):
+    found = of_two_ranks["trained_8bit"][0]
+    kept = [type(part) for entries in found["state"].values() for part in entries["exp_avg"]]
+    assert set(kept) == {dict, Tensor}, "large parts in 8 bits, small ones as they are"
+    assert all(torch.equal(found["resumed"][name], weight) for name, weight in found["after"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_8BIT, reason="needs torchao")
+def test_one_process_takes_moments_in_8_bits_of_two_ranks_or_of_a_wide_optimiser(of_two_ranks: dict[str, list[Any]]):
+    found = of_two_ranks["trained_8bit"][0]
+    for state in (found["state"], of_two_ranks["trained"][0]["state"]):
+        module = wide_policy()
+        cfg = LearnerConfig(weight_decay=0.1, optimizer=rank_cases.OptimizerKind.adamw_8bit)
+        optimizer = build_optimizer(module, cfg, 1e-2, 1e-3)
+        load_full_weights(module, found["weights"])
+        load_full_optimizer_state(module, optimizer, state)
+        stepped(module, optimizer, ALONE, 1)
+        assert_close(full_weights(module), found["after"], share=0.2)
+
+
+@pytest.mark.slow
+def test_gathered_weights_load_in_transformers(of_two_ranks: dict[str, list[Any]], tmp_path: Path):
+    gathered = of_two_ranks["trained"][0]["after"]
+    model = tiny("qwen3", hidden_size=64, intermediate_size=128)
+    model.config.save_pretrained(tmp_path)
+    weights = {name.removeprefix("model."): weight for name, weight in gathered.items() if name.startswith("model.")}
+    assert "lm_head.weight" not in weights, "it is the input embedding"
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    parameters = dict(loaded.named_parameters())
+    assert parameters.keys() == weights.keys()
+    assert all(torch.equal(parameters[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_and_float32_learns(of_two_ranks: dict[str, list[Any]]):
+    wanted_E = policy()(pack(forest(1)), Layout.segments).logprob_E
+    for found in of_two_ranks["bfloat16_compute"]:
+        assert found["types"] == ["torch.float32"] * 3
+        torch.testing.assert_close(found["logprobs"], wanted_E, rtol=0, atol=0.1)
+        assert not torch.equal(found["logprobs"], wanted_E)
+    found = of_two_ranks["bfloat16_compute"][0]
+    name = "model.model.layers.0.mlp.up_proj.weight"
+    before, after = found["before"][name], found["after"][name]
+    assert before.dtype == after.dtype == torch.float32 and (before != after).all()
+    assert (before.bfloat16() == after.bfloat16()).float().mean() > 0.9, "weights in bfloat16 would have stood still"
+
+
+@pytest.mark.slow
+def test_every_rank_refuses_weights_that_only_the_first_has_seen(of_two_ranks: dict[str, list[Any]]):
+    for message in of_two_ranks["wrong_weights"]:
+        assert message.startswith("the checkpoint does not fit this model: 1 weights it does not have, 24 it trains")
+
+
+def test_one_process_computes_in_bfloat16_and_keeps_float32_weights():
+    module = policy(has_value_head=True)
+    plain = full_weights(module)
+    shard(module, ALONE, torch.bfloat16, offload=False)
+    batch = pack(forest(1))
+    outputs = module(batch, Layout.segments)
+    assert {outputs.logprob_E.dtype, outputs.entropy_E.dtype, outputs.value_E.dtype} == {torch.float32}
+    assert batch.old_logprob_E.dtype == torch.float64, "the pack went in as it was"
+    rank_cases.loss_of(outputs, batch).backward()
+    assert {weight.grad.dtype for weight in module.parameters()} == {torch.float32}
+    gathered = full_weights(module)
+    assert all(torch.equal(gathered[name], weight) for name, weight in plain.items())
+
+
+def test_weights_and_moments_of_a_module_in_one_piece_round_trip():
+    module = policy()
+    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
+    assert full_optimizer_state(module, optimizer) == {}, "nothing before the first step"
+    stepped(module, optimizer, ALONE, 2)
+    weights, state = full_weights(module), saved_and_loaded(full_optimizer_state(module, optimizer))
+    assert state["model.model.norm.weight"]["step"] == 2
+    stepped(module, optimizer, ALONE, 1)
+    again = policy()
+    resumed = build_optimizer(again, LearnerConfig(), 1e-2, 1e-2)
+    load_full_weights(again, weights)
+    load_full_optimizer_state(again, resumed, state)
+    stepped(again, resumed, ALONE, 1)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+
+
+def test_moments_of_a_run_that_never_stepped_leave_none():
+    module = policy()
+    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
+    stepped(module, optimizer, ALONE, 1)
+    before = full_weights(module)
+    load_full_optimizer_state(module, optimizer, {})
+    assert not optimizer.state and all(weight.grad is None for weight in module.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in full_weights(module).items())
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
+
+
+def test_gathered_weights_are_a_copy():
+    module = policy()
+    weights = full_weights(module)
+    with torch.no_grad():
+        module.get_parameter("model.model.norm.weight").zero_()
+    assert weights["model.model.norm.weight"].abs().sum() > 0
+
+
+def test_adapters_are_loaded_without_the_frozen_model():
+    module = rank_cases.adapted_policy()
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    adapters = {name: weight for name, weight in full_weights(module).items() if name in trained}
+    assert 0 < len(adapters) < len(full_weights(module))
+    load_full_weights(module, {name: torch.ones_like(weight) for name, weight in adapters.items()})
+    assert all((module.get_parameter(name) == 1).all() for name in adapters)
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    module, other = policy(), policy(tied=False)
+    with pytest.raises(CheckpointError, match=r"1 weights it does not have, 0 it trains.*model\.lm_head\.weight"):
+        load_full_weights(module, full_weights(other))
+    with pytest.raises(CheckpointError, match="0 weights it does not have, 1 it trains"):
+        load_full_weights(other, full_weights(module))
+    wrong = {**full_weights(module), "model.model.norm.weight": torch.ones(3)}
+    with pytest.raises(CheckpointError, match=r"1 of another shape \(first: model\.model\.norm\.weight\)"):
+        load_full_weights(module, wrong)
+
+
+def test_moments_of_another_model_or_optimiser_are_refused():
+    module = policy()
+    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
+    with pytest.raises(CheckpointError, match=r"moments of 1 parameters that this model does not have \(first: x\)"):
+        load_full_optimizer_state(module, optimizer, {"x": {"step": torch.tensor(1.0)}})
+    with pytest.raises(CheckpointError, match=r"keeps \['momentum'\] of each parameter and this one \['exp_avg'"):
+        load_full_optimizer_state(module, optimizer, {"model.model.norm.weight": {"momentum": torch.ones(32)}})
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm():
+    module = policy()
+    for weight in module.parameters():
+        weight.grad = torch.zeros_like(weight)
+    module.get_parameter("model.model.norm.weight").grad[3] = torch.inf
+    assert clip_gradients(module.parameters(), 1.0) == torch.inf
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_with_weights_and_moments_that_wait_in_the_hosts_memory():
+    gpu, found = Ranks.alone(torch.device("cuda")), []
+    batch = pack(packs_of(forest())[0]).to(gpu.device)
+    for offload in (False, True):
+        module = policy(has_value_head=True).to(gpu.device)
+        shard(module, gpu, torch.bfloat16, offload=offload)
+        optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
+        for _ in range(2):
+            rank_cases.loss_of(module(batch, Layout.segments), batch).backward()
+            clip_gradients(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        places = {weight.to_local().device.type for weight in module.parameters()}
+        assert places == {"cpu" if offload else "cuda"}
+        load_full_weights(module, full_weights(module))
+        load_full_optimizer_state(module, optimizer, full_optimizer_state(module, optimizer))
+        found.append(full_weights(module))
+    assert_close(found[1], found[0], share=0.1)
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
