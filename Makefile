@@ -58,7 +58,7 @@ lint: install ## check style, formatting and types
 bench: bench-rollout bench-learner bench-methods ## run all benchmarks; tables here, figures in benchmarks/out/
 
 bench-rollout: install ## tokens per second of the rollout pool, against a bare engine
-bench-learner: install ## tokens per second of packed trees, against one padded row per trajectory
+bench-learner: install ## packed trees against padded and unpadded trajectories: speed, share of the ideal, memory
 bench-methods: install ## held-out success of the methods at equal generated tokens, over seeds
 
 bench-rollout bench-learner bench-methods:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
@@ -40,11 +41,16 @@ class Apart:
     def __init__(self, make: Callable[[], Step], num_threads: int, preload: list[str]) -> None:
         context = get_context("forkserver")
         context.set_forkserver_preload(preload)
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(make, num_threads))
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, num_threads))
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # ready: setting up must not overlap with another's step
 
     def step(self) -> Measured:
         """Run the step once; only after another has ended is the machine free for it."""
-        return self._pool.submit(_measured).result()
+        self._pipe.send(None)
+        return self._pipe.recv()
 
     def __enter__(self) -> Apart:
         return self
@@ -52,26 +58,28 @@ class Apart:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()
+        self._pipe.close()
+        self._process.join()
 
 
-_step: Step
-"""What the process was made for."""
-
-
-def _start(make: Callable[[], Step], num_threads: int) -> None:
-    global _step
+def _serve(pipe: Connection, make: Callable[[], Step], num_threads: int) -> None:
+    """What the process does: a step for each message, until the other end of the pipe is closed or dies."""
     torch.set_num_threads(num_threads)
-    _step = make()
+    step = make()
+    pipe.send(None)
+    with suppress(EOFError):
+        while True:
+            pipe.recv()
+            pipe.send(_measured(step))
 
 
-def _measured() -> Measured:
+def _measured(step: Step) -> Measured:
     gc.collect()
     # A subprocess inherits its parent's ru_maxrss on Linux, and ru_maxrss never falls; this peak can be set back.
     Path("/proc/self/clear_refs").write_text("5")
     before_mib = _status_mib("VmRSS")
     started = time.perf_counter()
-    _step()
+    step()
     seconds = time.perf_counter() - started
     return Measured(seconds=seconds, peak_mib=_status_mib("VmHWM") - before_mib)
 

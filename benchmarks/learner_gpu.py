@@ -7,12 +7,13 @@ A model of the size of Qwen3-0.6B with random weights in bfloat16 and the three 
 longer. No side computes more tokens at once than the forest has, so packed is one pack. Sides and columns as there; the
 other two use torch's flash attention without a mask. The first call of each side is apart from the timed ones.
 
-- `compile_s`: the packed side's first call less its fastest one; in the first line the compiler's first run.
+- `compile_s`: the packed side's first call less its fastest one: the compiler's run for this model in the first line,
+  what a new shape costs in the others.
 - `mfu`: operations of the tree over seconds, over the device's dense bfloat16 peak; what is computed twice, by
   checkpointing and in the output layer, counts once.
 
-The sides' gradients are compared before, in float32 by a smaller model on shorter forests: bfloat16 rounds, and tokens at
-the border of PPO's clip then fall on either side of it.
+The sides' gradients are compared before, in float32 by a smaller model on shorter forests: bfloat16 rounds, and tokens
+at the border of PPO's clip then fall on either side of it.
 """
 
 from __future__ import annotations
@@ -90,8 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(LARGE, SMALL, torch.device("cuda"), torch.bfloat16, options.checkpointing, side, peak)
     else:
         sys.exit("no CUDA device was found, and FlexAttention trains on no other. Try --quick, or benchmarks.learner.")
+    started = time.perf_counter()
     for shape in dict.fromkeys(shape.resized(CHECKED_TOKENS) for shape in forests):
         require_same_gradients(bench, shape)
+    print(f"the gradients agree; with the compiler's first run that took {time.perf_counter() - started:.1f} s")
     rows = [line(bench, shape) for shape in forests]
     peak_text = f"{bench.peak_tflops:,.0f} TFLOP/s peak" if bench.peak_tflops else "peak unknown"
     checkpointing = "with" if bench.checkpointing else "without"

@@ -14,8 +14,12 @@ from conf.plugin import load_object
 from conf.problem import Problem
 from conf.schema import (
     Aggregation,
+    Backup,
+    Combine,
+    Compare,
     Config,
     Correction,
+    CreditConfig,
     CriticKind,
     ExpanderKind,
     GaeLevel,
@@ -23,9 +27,12 @@ from conf.schema import (
     LossKind,
     Normalizer,
     OldLogprobs,
+    Read,
+    Return,
     Scope,
     Singleton,
     SourceConfig,
+    TermConfig,
 )
 
 DEFAULT_SIGNAL = {Level.step: "step", Level.trajectory: "outcome"}
@@ -39,6 +46,14 @@ GAE_PART = "gae"
 """Name of the critic's part of the credit in records."""
 GSPO_CLIP = 0.05
 """The paper clips a trajectory's ratio at 3e-4 and 4e-4; a hundred times that is a clip meant for tokens."""
+GROUPS_OF_TRAJECTORIES = (Scope.prompt, Scope.tree, Scope.batch)
+"""Scopes in which whole trajectories can be compared."""
+ANCESTORS = (Scope.ancestors, Scope.ancestors_by_size)
+BROADCASTS = (Return.broadcast, Return.broadcast_mean)
+TOKEN_MEANS = (Normalizer.token_leave_one_out, Normalizer.token_leave_one_out_released)
+FORGETS_SIZE = (Normalizer.zscore, Normalizer.whiten, Normalizer.rank)
+"""Of two values these keep the order alone."""
+TAKES_WEIGHTS = (Normalizer.center, Normalizer.zscore, Normalizer.whiten, Normalizer.center_batch_std)
 STEP_ARGUMENTS = frozenset({"step", "siblings"})
 SECRET_NAME = re.compile(
     r"(^|_)(api_?key|secret|password|credentials?|(auth|access|bearer|api|hf)_token)$", re.IGNORECASE
@@ -53,11 +68,16 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         no_secrets_in_args,
         success_is_measured,
         terms_are_complete,
+        terms_can_work,
         term_signals_are_fed,
         signals_are_used,
         scopes_fit_the_tree,
         something_is_compared,
         two_siblings_have_no_zscore,
+        turns_are_compared_fairly,
+        longer_pays_the_baseline,
+        renorm_pays_for_length,
+        progress_telescopes,
         tool_success_alone_is_hacked,
         measured_names_are_free,
         gae_and_critic_come_together,
@@ -113,6 +133,16 @@ def used_signals(cfg: Config) -> set[str]:
 def has_gae(cfg: Config) -> bool:
     """Whether a critic's values make credit."""
     return cfg.credit.gae.level is not GaeLevel.off
+
+
+def reads_steps(term: TermConfig) -> bool:
+    """Whether signals of steps mean anything to the term."""
+    return term.level is Level.step or term.returns in BROADCASTS
+
+
+def has_critic_scope(cfg: CreditConfig) -> bool:
+    """Whether a term compares with what a critic says."""
+    return any(term.scope is Scope.critic for term in cfg.terms.values())
 
 
 def _loaded(source: SourceConfig) -> Any:
@@ -200,13 +230,124 @@ def terms_are_complete(cfg: Config) -> list[Problem]:
     ]
 
 
+def terms_can_work(cfg: Config) -> list[Problem]:
+    """The parts of a term fit together."""
+    return [Problem(text) for text in term_faults(cfg.credit)]
+
+
+def term_faults(cfg: CreditConfig) -> list[str]:
+    """Why terms cannot do what they say, each with a way out."""
+    found = [
+        f"credit.terms.{name}{text}" for name, term in cfg.terms.items() for is_so, text in _faults_of(term) if is_so
+    ]
+    if sum(term.scope is Scope.critic for term in cfg.terms.values()) + (cfg.gae.level is not GaeLevel.off) > 1:
+        found.append(
+            "credit has more than one thing that compares with the critic (terms of scope=critic, credit.gae), and it "
+            "can learn the values of one alone. Keep one of them, or put their signals into one term."
+        )
+    if cfg.gae.combine in (Combine.gate, Combine.four_cases):
+        found.append(
+            f"credit.gae.combine={cfg.gae.combine.value} compares trajectories, and GAE compares with a critic. Use "
+            f"credit.gae.combine=sum, overwrite or renorm, or a term."
+        )
+    for key, signals in [(f"credit.terms.{name}", term.signals) for name, term in cfg.terms.items()] + [
+        ("credit.gae", cfg.gae.signals)
+    ]:
+        for signal, use in signals.items():
+            if use is not None and use.best_of < 1:
+                found.append(f"{key}.signals.{signal}.best_of={use.best_of} must be 1 or more: it counts tries.")
+    return found
+
+
+def _faults_of(term: TermConfig) -> list[tuple[bool, str]]:
+    """(whether it is so, what is wrong) for every way in which the parts of a term can fail to fit."""
+    is_step = term.level is Level.step
+    baseline = term.scope in (Scope.parent_value, Scope.root_value, Scope.critic)
+    scopes = ", ".join(scope.value for scope in GROUPS_OF_TRAJECTORIES)
+    return [
+        (
+            is_step and term.returns in BROADCASTS,
+            f".returns={term.returns.value} gives a trajectory one value for all its steps, but level=step. Use "
+            f"level=trajectory, or returns=to_go.",
+        ),
+        (
+            not is_step and term.returns is Return.to_go,
+            ".returns=to_go differs from step to step, but level=trajectory has one value. Use level=step, or "
+            "returns=broadcast.",
+        ),
+        (
+            not is_step and term.combine is not Combine.sum,
+            f".combine={term.combine.value} says what steps earn, but level=trajectory. Use level=step or combine=sum.",
+        ),
+        (
+            is_step and term.scope in ANCESTORS,
+            f".scope={term.scope.value} compares whole trajectories, but level=step. Use level=trajectory, or "
+            f"scope=siblings.",
+        ),
+        (
+            not is_step and term.scope not in (*GROUPS_OF_TRAJECTORIES, *ANCESTORS),
+            f".scope={term.scope.value} compares steps, but level=trajectory: whole trajectories have no place in it. "
+            f"Use level=step, or scope={scopes} or ancestors.",
+        ),
+        (
+            term.compare is Compare.rewards and (term.returns is not Return.to_go or baseline),
+            f".compare=rewards takes the return of what was compared in a group, which needs returns=to_go and a scope "
+            f"that is a group, not returns={term.returns.value} and scope={term.scope.value}. Use compare=returns.",
+        ),
+        (
+            baseline and term.normalizer is not Normalizer.center,
+            f".scope={term.scope.value} is one value and has no deviation, so normalizer={term.normalizer.value} means "
+            f"nothing there. Use normalizer=center.",
+        ),
+        (
+            term.scope in (Scope.parent_value, Scope.root_value) and (term.gamma != 1 or term.backup is Backup.none),
+            f".scope={term.scope.value} compares values of different steps, with gamma={term.gamma} and "
+            f"backup={term.backup.value}: decay would look like progress, and without backup a step has no one value. "
+            f"Use gamma=1 and backup=leaf_mean or child_mean.",
+        ),
+        (
+            term.scope is Scope.turn_index_padded
+            and (term.backup is not Backup.none or term.compare is Compare.rewards),
+            f".scope=turn_index_padded counts trajectories, ended ones too, but backup={term.backup.value} and "
+            f"compare={term.compare.value} count steps. Use backup=none and compare=returns.",
+        ),
+        (
+            term.normalizer is Normalizer.center_batch_std and term.scope in (*ANCESTORS, Scope.turn_index_padded),
+            f".normalizer=center_batch_std takes the deviation of all values once, but scope={term.scope.value} counts "
+            f"one value in several groups. Use normalizer=zscore.",
+        ),
+        (
+            term.normalizer in TOKEN_MEANS
+            and (term.compare is not Compare.rewards or term.scope not in GROUPS_OF_TRAJECTORIES),
+            f".normalizer={term.normalizer.value} is a mean reward per token of other trajectories: it needs "
+            f"compare=rewards and scope={scopes}, not compare={term.compare.value} and scope={term.scope.value}.",
+        ),
+        (
+            term.normalizer is Normalizer.running and term.scope is not Scope.batch,
+            f".normalizer=running compares with all that the run has seen, not with scope={term.scope.value}. Use "
+            f"scope=batch.",
+        ),
+        (
+            term.combine is Combine.four_cases
+            and (term.scope not in GROUPS_OF_TRAJECTORIES or term.returns is not Return.immediate),
+            f".combine=four_cases starts from trajectories compared with each other and takes no return, but "
+            f"scope={term.scope.value} and returns={term.returns.value}. Use scope={scopes} and returns=immediate.",
+        ),
+        (
+            term.token_weighted and (baseline or term.scope in ANCESTORS or term.normalizer not in TAKES_WEIGHTS),
+            f".token_weighted=true weighs the mean of a group, which scope={term.scope.value} with "
+            f"normalizer={term.normalizer.value} does not take. Use token_weighted=false.",
+        ),
+    ]
+
+
 def term_signals_are_fed(cfg: Config) -> list[Problem]:
     """Every signal that a term or GAE reads has a source or is measured, and is of a level the term can use."""
     fed, found = fed_signals(cfg), []
-    for key, level, signal in _uses(cfg):
+    for key, reads_both, signal in _uses(cfg):
         if signal not in fed and signal not in MEASURED_SIGNALS:
             found.append(Problem(_unfed(cfg, key, signal, fed)))
-        elif level is Level.trajectory and _is_of_steps(cfg, signal, fed):
+        elif not reads_both and _is_of_steps(cfg, signal, fed):
             feeding = ", ".join(fed.get(signal, ["measured by the learner"]))
             found.append(
                 Problem(
@@ -219,13 +360,14 @@ def term_signals_are_fed(cfg: Config) -> list[Problem]:
     return found
 
 
-def _uses(cfg: Config) -> Iterator[tuple[str, Level, str]]:
+def _uses(cfg: Config) -> Iterator[tuple[str, bool, str]]:
+    """Key, whether signals of steps mean anything there, and signal."""
     for name, term in cfg.credit.terms.items():
         for signal in term.signals:
-            yield f"credit.terms.{name}", term.level, signal
+            yield f"credit.terms.{name}", reads_steps(term), signal
     if has_gae(cfg):
         for signal in cfg.credit.gae.signals:
-            yield "credit.gae", Level.step, signal
+            yield "credit.gae", True, signal
 
 
 def _is_of_steps(cfg: Config, signal: str, fed: dict[str, list[str]]) -> bool:
@@ -292,9 +434,10 @@ def something_is_compared(cfg: Config) -> list[Problem]:
     rollout = cfg.rollout
     single = rollout.expander is not ExpanderKind.random_expand and rollout.num_leaves == 1
     terms = [term for term in cfg.credit.terms.values() if term.weight != 0]
-    compared = all(term.normalizer is not Normalizer.none and term.singleton is Singleton.zero for term in terms)
-    wide = (Scope.prompt, Scope.batch)
-    if any(term.scope is Scope.batch or (term.level is Level.step and term.scope in wide) for term in terms):
+    alone = (Normalizer.none, Normalizer.max_return)
+    compared = all(term.normalizer not in alone and term.singleton is not Singleton.raw for term in terms)
+    with_others = (Scope.batch, Scope.critic, Scope.root_value, Scope.parent_value)
+    if any(term.scope in with_others or (term.level is Level.step and term.scope is Scope.prompt) for term in terms):
         return []
     if not single or not compared or has_gae(cfg):
         return []
@@ -319,8 +462,82 @@ def two_siblings_have_no_zscore(cfg: Config) -> list[Problem]:
             fatal=False,
         )
         for name, term in cfg.credit.terms.items()
-        if term.scope is Scope.siblings and term.level is Level.step and term.normalizer is Normalizer.zscore
+        if term.scope is Scope.siblings and term.normalizer in FORGETS_SIZE and not term.min_std
     ]
+
+
+def turns_are_compared_fairly(cfg: Config) -> list[Problem]:
+    """Who is still there at a turn is the policy's own doing."""
+    return [
+        Problem(
+            f"credit.terms.{name}.scope=turn_index compares the trajectories that got so far: where the policy decides "
+            f"when to stop, late turns have small groups, and their advantages shrink by 1 - 1 / size (to 0 in a group "
+            f"of one). Use scope=turn_index_padded with backup=none, which counts ended trajectories as 0.",
+            fatal=False,
+        )
+        for name, term in _live_terms(cfg)
+        if term.scope is Scope.turn_index and term.compare is Compare.returns
+    ]
+
+
+def longer_pays_the_baseline(cfg: Config) -> list[Problem]:
+    """verl #7244: the number of baselines subtracted is the policy's own doing."""
+    return [
+        Problem(
+            f"credit.terms.{name}.compare=rewards subtracts a baseline from every reward before they are summed: a "
+            f"trajectory that takes one step more pays one baseline more. Where the policy decides when to stop it is "
+            f"taught to stop early if rewards are positive, and late if they are negative. Use compare=returns.",
+            fatal=False,
+        )
+        for name, term in _live_terms(cfg)
+        if term.compare is Compare.rewards
+    ]
+
+
+def renorm_pays_for_length(cfg: Config) -> list[Problem]:
+    """A sum of rewards that all have the sign of the outcome grows with the number of steps."""
+    keys = [
+        f"credit.terms.{name}"
+        for name, term in _live_terms(cfg)
+        if term.combine is Combine.renorm and term.returns is Return.to_go
+    ]
+    if has_gae(cfg) and cfg.credit.gae.combine is Combine.renorm:
+        keys.append("credit.gae")
+    return [
+        Problem(
+            f"{key}.combine=renorm sums rewards that all have the sign of the outcome: a right trajectory gains by "
+            f"every further step that is scored well, and a wrong one loses by every one. Keep rollout.max_steps="
+            f"{cfg.rollout.max_steps} tight and watch the number of steps, or use gamma below 1.",
+            fatal=False,
+        )
+        for key in keys
+    ]
+
+
+def progress_telescopes(cfg: Config) -> list[Problem]:
+    """Summed differences are the last value less the first: the steps between are forgotten."""
+    uses = [
+        (f"credit.terms.{name}", term.signals)
+        for name, term in _live_terms(cfg)
+        if term.returns is not Return.immediate
+    ]
+    if has_gae(cfg):
+        uses.append(("credit.gae", cfg.credit.gae.signals))
+    return [
+        Problem(
+            f"{key}.signals.{signal}.read=difference is summed over the steps that follow, where differences telescope "
+            f"to the last value less the one before the step: every step is paid for what others reach. Give it a term "
+            f"of its own with level=step, returns=immediate and normalizer=none, which adds it after returns (PAV).",
+            fatal=False,
+        )
+        for key, signals in uses
+        for signal, use in signals.items()
+        if use is not None and use.read is Read.difference
+    ]
+
+
+def _live_terms(cfg: Config) -> list[tuple[str, TermConfig]]:
+    return [(name, term) for name, term in cfg.credit.terms.items() if term.weight != 0]
 
 
 def tool_success_alone_is_hacked(cfg: Config) -> list[Problem]:
@@ -367,6 +584,15 @@ def measured_names_are_free(cfg: Config) -> list[Problem]:
 def gae_and_critic_come_together(cfg: Config) -> list[Problem]:
     """GAE is made of a critic's values, and nothing else uses them."""
     level, kind = cfg.credit.gae.level, cfg.loss.critic.kind
+    by_term = has_critic_scope(cfg.credit)
+    if by_term and kind is CriticKind.none:
+        return [
+            Problem(
+                "credit.terms has a term of scope=critic with loss.critic.kind=none: there are no values to compare "
+                "with. "
+                "Use loss=ppo or loss.critic.kind=value_head, or scope=prompt."
+            )
+        ]
     if has_gae(cfg) and kind is CriticKind.none:
         return [
             Problem(
@@ -374,7 +600,7 @@ def gae_and_critic_come_together(cfg: Config) -> list[Problem]:
                 f"advantages from. Use loss=ppo or loss.critic.kind=value_head, or credit.gae.level=off."
             )
         ]
-    if not has_gae(cfg) and kind is not CriticKind.none:
+    if not has_gae(cfg) and not by_term and kind is not CriticKind.none:
         return [
             Problem(
                 f"loss.critic.kind={kind.value} with credit.gae.level=off: a critic would be trained and no credit "

@@ -73,8 +73,8 @@ class Combine(Enum):
     gate = "gate"
     """sum, with the step signals of trajectories whose trajectory signals are above 0 alone."""
     four_cases = "four_cases"
-    """TP-GRPO: the compared outcome; a bad step of a right trajectory loses |step signal| * share of right trajectories,
-    a good step of a wrong one gets 0. Step signals below 0 are bad, trajectories above 0 are right."""
+    """TP-GRPO: the compared outcome; a bad step of a right trajectory loses |step signal| * share of right ones, a good
+    step of a wrong one gets 0. Step signals below 0 are bad, trajectories above 0 are right."""
 
 
 class Backup(Enum):
@@ -121,7 +121,7 @@ class Scope(Enum):
     siblings = "siblings"
     """Steps that continue the same step."""
     ancestors = "ancestors"
-    """Trajectory term: with the trajectories through each of its steps and with its prompt's; mean over these groups."""
+    """Trajectory term: those through each of its steps and those of its prompt; mean over these groups (TreePO)."""
     ancestors_by_size = "ancestors_by_size"
     """The same, each group weighted by its number of trajectories."""
     turn_index = "turn_index"

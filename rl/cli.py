@@ -31,6 +31,7 @@ examples:
   grove train rewards.sources.mine.fn=my_rewards.py:polite credit=tree_step
   grove eval runs/hop_search-seed0 --prompts 512         held-out success of a run's newest checkpoint
   grove report runs/hop_search-seed0                     curve.png and report.html once more
+  grove replay runs/hop_search-seed0 credit=grpo         what other credit would have made of the run's trees
   grove config experiment=hop_search                     every setting of that run
   grove config --keys rollout                            what can be set, with types, defaults and meaning
   source <(grove completion bash)                        Tab completes commands, keys and choices
@@ -49,6 +50,18 @@ examples:
   grove train 'rewards.sources.brief={fn: my_rewards.py:brief, weight: 0.2}'
   grove train ~rewards.sources.tool_success              leave one source out
   grove train --config-dir my_conf experiment=mine       groups and experiments of your own
+"""
+
+REPLAY = """\
+Gives credit to a run's recorded trees once more, with other weights, another recipe or another selection, and compares
+it with the credit that the run trained on. Nothing is sampled, scored or trained. Prints a table, writes replay.html.
+"""
+
+REPLAY_EXAMPLES = """\
+examples:
+  grove replay runs/hop_search-seed0 credit=grpo
+  grove replay runs/hop_search-seed0 credit.terms.fork.weight=0.3 rewards.sources.progress.weight=0.5
+  grove replay runs/hop_search-seed0 select=dapo --steps 10:20       only steps 10 to 20
 """
 
 CONFIG_EXAMPLES = """\
@@ -125,6 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("path", metavar="RUN", help="the run's folder")
     report.set_defaults(run=_report)
 
+    replay = commands.add_parser(
+        "replay", help="other credit for a run's recorded trees", description=REPLAY, epilog=REPLAY_EXAMPLES, **look
+    )
+    replay.add_argument("path", metavar="RUN", help="the run's folder")
+    replay.add_argument("--steps", default="", metavar="FIRST[:LAST]", help="recorded steps (default: all)")
+    replay.add_argument("overrides", nargs="*", metavar="setting", help="of rewards, select or credit")
+    replay.set_defaults(run=_replay)
+
     config = commands.add_parser("config", help="show settings", epilog=CONFIG_EXAMPLES, **look)
     _add_settings(config)
     config.add_argument("--keys", action="store_true", help="list what can be set; words narrow the list")
@@ -179,6 +200,21 @@ def _report(arguments: argparse.Namespace) -> int:
     from rl.view import write_report
 
     print(write_report(folder))
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    folder = Path(arguments.path)
+    if not folder.is_dir():
+        raise ConfigError(f'there is no run folder "{folder}" to replay: runs lie under runs/, one folder each.')
+    from rich import print as print_rich
+
+    from rl.replay import replay_run
+    from rl.replay_page import replay_table, write_replay
+
+    replay = replay_run(folder, arguments.overrides, arguments.steps, warn=_warn)
+    print_rich(replay_table(replay))
+    print(write_replay(replay))
     return 0
 
 

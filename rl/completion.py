@@ -7,11 +7,12 @@ from pathlib import Path
 
 from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
 
-COMMANDS = ("train", "eval", "report", "config", "completion")
+COMMANDS = ("train", "eval", "report", "replay", "config", "completion")
 OPTIONS = {
     "train": ["--config-dir", "--help"],
     "eval": ["--prompts", "--help"],
     "report": ["--help"],
+    "replay": ["--steps", "--help"],
     "config": ["--config-dir", "--keys", "--check", "--help"],
     "completion": ["--help"],
 }
@@ -71,10 +72,10 @@ def candidates(words: list[str]) -> list[str]:
         return _beginning(word, OPTIONS.get(command, []))
     if command == "completion":
         return _beginning(word, SHELLS)
-    if command not in ("train", "config", "eval") or words[-2] == "--config-dir":
+    if command not in ("train", "config", "eval", "replay") or words[-2] in ("--config-dir", "--steps"):
         return []
-    if command == "eval" and len(words) == 2:
-        return []  # the folder to evaluate
+    if command in ("eval", "replay") and len(words) == 2:
+        return []  # the run's folder
     # A run has made its choices; a bare model is evaluated on any task.
     has_choices = command != "eval" or (Path(words[1]) / "config.json").is_file()
     groups = group_choices(_config_dir(words)) if has_choices else {}

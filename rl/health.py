@@ -159,7 +159,7 @@ def silent_share(value_X: Tensor, group_X: Tensor) -> float:
 def _compared_items(forest: Forest, term: TermConfig, compared_N: Tensor) -> tuple[Tensor, Tensor]:
     """A term's compared values, one per trajectory or step, and the group of each.
 
-    Scopes that are no partition of the steps, such as all ancestors, are taken by prompt.
+    Scopes that are finer than a prompt in another way, such as all ancestors, are taken by prompt.
     """
     if term.level is Level.trajectory:
         prompt_X, branch_X, value_X = forest.prompt_L, forest.branch_L, compared_N[forest.leaf_node_L]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from conf.schema import Config, GaeConfig, Normalizer, Scope, Singleton
+from conf.schema import Compare, Config, GaeConfig, Normalizer, Scope, Singleton
 from rewards.types import ScoredTree
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest
@@ -73,10 +73,17 @@ def shares_of(found: Credited, cfg: Config) -> Shares:
     shares = Shares({}, {})
     for name, term in cfg.credit.terms.items():
         whole = replace(term, weight=1.0)
-        alone = replace(whole, scope=Scope.prompt, normalizer=Normalizer.none, singleton=Singleton.raw)
+        alone = replace(
+            whole,
+            compare=Compare.returns,
+            scope=Scope.prompt,
+            normalizer=Normalizer.none,
+            singleton=Singleton.raw,
+            zero_variance=Singleton.raw,
+        )
         for values, view in ((shares.raw, alone), (shares.compared, whole)):
             only = replace(cfg.credit, terms={name: view}, whiten=False, gae=GaeConfig())
-            credit = assign(found.forest, only, cfg.rollout.max_steps)
+            credit = assign(found.forest, only, cfg.rollout.max_steps, found.history)
             speaks_P = (credit.weight_P > 0) * found.credit.weight_P
             values[name] = _mean_N(found.forest, credit.parts[name], speaks_P)
     return shares

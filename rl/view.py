@@ -9,7 +9,7 @@ import base64
 import json
 import logging
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -366,7 +366,7 @@ def _card(recorded: RecordedTree, row: int, largest: float) -> str:
     return (
         f"<div class='card {_sign(total)}{pruned}' style='--size:{abs(total or 0.0) / largest:.2f}'>"
         f"<p class=said>{escape(node.action_text)}</p>{seen}<div class=scores>{_scores_html(recorded, row)}</div>"
-        f"<div class=foot><b title='{_terms(recorded.advantages.get(row, {}))}'>"
+        f"<div class=foot><b title='{_terms(recorded, row)}'>"
         f"{'untrained' if total is None else f'{total:+.3f}'}</b>{_ending(recorded, row)}</div></div>"
     )
 
@@ -377,8 +377,14 @@ def _sign(total: float | None) -> str:
     return "up" if total > 0 else "down"
 
 
-def _terms(table: Mapping[str, float]) -> str:
-    return escape("advantage: " + ", ".join(f"{name} {value:+.3f}" for name, value in table.items()))
+def _terms(recorded: RecordedTree, row: int) -> str:
+    """What the advantage is the sum of, and for each term what became of its raw value."""
+    parts = []
+    for name, value in recorded.advantages.get(row, {}).items():
+        raw, compared = (table.get(row, {}).get(name) for table in (recorded.raw, recorded.compared))
+        made_of = f" (raw {raw:.3g}, compared {compared:+.3f})" if raw is not None and compared is not None else ""
+        parts.append(f"{name} {value:+.3f}{made_of}")
+    return escape("advantage: " + ", ".join(parts))
 
 
 def _scores_html(recorded: RecordedTree, row: int) -> str:
@@ -402,7 +408,8 @@ def _ending(recorded: RecordedTree, row: int) -> str:
     if node.stop is StopReason.continues:
         return ""
     mark = {True: "✓ ", False: "✗ ", None: ""}[succeeded(recorded, row)]
-    return f"<span class=end>{mark}{escape(node.stop.value.replace('_', ' '))}</span>"
+    left_out = f", left out: {recorded.left_out[row]}" if row in recorded.left_out else ""
+    return f"<span class=end>{mark}{escape(node.stop.value.replace('_', ' ') + left_out)}</span>"
 
 
 STYLE = """

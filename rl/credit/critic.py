@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from conf.schema import GaeConfig, GaeLevel
+from rl.credit.forest import Forest
 from rl.credit.gae import tree_gae
-from rl.credit.scopes import whitened
+from rl.credit.normalize import whitened
 from rl.credit.shapes import check_shapes
 
 
@@ -31,6 +32,14 @@ class CriticCredit:
     def by_node(self, value_T: Tensor) -> list[list[float]]:
         """One of the token tensors as a list for each node."""
         return [values_A.tolist() for values_A in value_T.split(self.num_actions_N.tolist())]
+
+
+def critic_values(forest: Forest) -> Tensor:
+    """Float64 [T], what the critic said of the state before each sampled token; a batch of nothing has none."""
+    if not len(forest.parent_N):
+        return torch.zeros(0, dtype=torch.float64)
+    assert forest.value_T is not None, "credit needs the critic's values: `with_measured` comes first"
+    return forest.value_T
 
 
 def critic_credit(
@@ -87,5 +96,25 @@ def critic_credit(
         extra_T=(beyond_T - beyond_N[node_T]).float(),
         value_T=value_T.float(),
         target_T=target_T.float(),
+        num_actions_N=num_actions_N,
+    )
+
+
+def taught_critic(value_N: Tensor, valid_N: Tensor, value_T: Tensor, num_actions_N: Tensor) -> CriticCredit:
+    """What a critic should have said when a term compares with it, and not GAE: the step's value at each of its tokens.
+
+    Args:
+        value_N: float64 [N], value of the step that the term compared.
+        valid_N: bool [N]; where the term says nothing there is nothing to learn.
+        value_T: float64 [T], value of the state before each sampled token, nodes one after the other.
+        num_actions_N: int64 [N], sampled tokens of the step.
+    """
+    check_shapes(value_N=value_N, valid_N=valid_N, num_actions_N=num_actions_N)
+    target_T = torch.where(valid_N, value_N, torch.nan).repeat_interleave(num_actions_N)
+    return CriticCredit(
+        advantage_N=torch.zeros_like(value_N).float(),
+        extra_T=torch.zeros_like(value_T).float(),
+        value_T=value_T.float(),
+        target_T=torch.where(target_T.isnan(), value_T, target_T).float(),
         num_actions_N=num_actions_N,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewards.types import Score, ScoredTree, ScoreStatus
-from rollout.tree import ROOT
+from rollout.tree import ROOT, Tree
 
 Signals = dict[str, dict[int, Score]]
 """signal -> row of a tree -> score."""
@@ -22,8 +22,9 @@ _BROKEN = frozenset({ScoreStatus.failed, ScoreStatus.timed_out})
 class Forest:
     """Every step on a trained path, every trained trajectory, and every pair of a step and a trajectory through it.
 
-    Letters: N nodes (steps), L leaves (trajectories), P pairs. Nodes are in the order of their trees and, within a
-    tree, of their rows, so that parents come before children; leaves likewise; pairs are sorted by leaf, then depth.
+    Letters: N nodes (steps), L leaves (trajectories), P pairs, G trees of the batch. Nodes are in the order of their
+    trees and, within a tree, of their rows, so that parents come before children; leaves likewise; pairs are sorted by
+    leaf, then depth.
     """
 
     parent_N: Tensor
@@ -36,6 +37,8 @@ class Forest:
     """int64, one id per (prompt, `Node.branch`)."""
     depth_N: Tensor
     """int64, 1 for a first step."""
+    state_N: Tensor
+    """int64, one id per prompt and observation that a step follows; where the environment said nothing, per fork."""
     num_leaves_N: Tensor
     """int64, trained trajectories through the node."""
     num_actions_N: Tensor
@@ -54,6 +57,8 @@ class Forest:
     """signal -> bool [N], where a source failed or timed out; False where it was scored or had nothing to say."""
     leaf_signals: dict[str, Tensor]
     """signal -> float64 [L], NaN where it was not scored."""
+    prompt_signals: dict[str, Tensor]
+    """Step signal -> float64 [G], what it says of the prompt itself (row ROOT), NaN where it says nothing."""
     value_T: Tensor | None = None
     """float64 [T], what the critic said of the state before each sampled token, nodes one after the other; None without
     a critic (`rl.credit.measured`)."""
@@ -67,6 +72,7 @@ class _Rows:
     prompt: list[int] = field(default_factory=list)
     row: list[int] = field(default_factory=list)
     branch: list[int] = field(default_factory=list)
+    state: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     num_actions: list[int] = field(default_factory=list)
     leaf_node: list[int] = field(default_factory=list)
@@ -82,20 +88,24 @@ def forest_of(scored: list[ScoredTree]) -> Forest:
     """
     rows = _Rows()
     branch_ids: dict[tuple[int, int], int] = {}
+    state_ids: dict[tuple[int, ...], int] = {}
     for prompt, tree in enumerate(scored):
-        _add_tree(rows, prompt, tree, branch_ids)
+        _add_tree(rows, prompt, tree, branch_ids, state_ids)
     pair_node_P, pair_leaf_P = _ids(rows.pair_node), _ids(rows.pair_leaf)
     leaf_node_L, prompt_N, branch_N, depth_N = (_ids(x) for x in (rows.leaf_node, rows.prompt, rows.branch, rows.depth))
     nodes = list(zip(rows.prompt, rows.row, strict=True))
     leaves = [nodes[node] for node in rows.leaf_node]
     step_signals, step_failed = _signals([tree.step_signals for tree in scored], nodes)
     leaf_signals, _ = _signals([tree.leaf_signals for tree in scored], leaves)
+    prompts = [(prompt, ROOT) for prompt in range(len(scored))]
+    prompt_signals, _ = _signals([tree.step_signals for tree in scored], prompts)
     return Forest(
         parent_N=_ids(rows.parent),
         prompt_N=prompt_N,
         row_N=_ids(rows.row),
         branch_N=branch_N,
         depth_N=depth_N,
+        state_N=_ids(rows.state),
         num_leaves_N=pair_node_P.bincount(minlength=len(nodes)),
         num_actions_N=_ids(rows.num_actions),
         leaf_node_L=leaf_node_L,
@@ -107,10 +117,17 @@ def forest_of(scored: list[ScoredTree]) -> Forest:
         step_signals=step_signals,
         step_failed=step_failed,
         leaf_signals=leaf_signals,
+        prompt_signals=prompt_signals,
     )
 
 
-def _add_tree(rows: _Rows, prompt: int, scored: ScoredTree, branch_ids: dict[tuple[int, int], int]) -> None:
+def _add_tree(
+    rows: _Rows,
+    prompt: int,
+    scored: ScoredTree,
+    branch_ids: dict[tuple[int, int], int],
+    state_ids: dict[tuple[int, ...], int],
+) -> None:
     tree = scored.tree
     paths = [tree.path(leaf) for leaf in tree.trained_leaves()]
     depth_of = {row: depth for path in paths for depth, row in enumerate(path, start=1)}
@@ -123,12 +140,20 @@ def _add_tree(rows: _Rows, prompt: int, scored: ScoredTree, branch_ids: dict[tup
         rows.prompt.append(prompt)
         rows.row.append(row)
         rows.branch.append(branch_ids.setdefault((prompt, node.branch), len(branch_ids)))
+        rows.state.append(state_ids.setdefault((prompt, *_state(tree, node.parent)), len(state_ids)))
         rows.depth.append(depth_of[row])
         rows.num_actions.append(len(node.action_ids))
     for path in paths:
         rows.pair_node.extend(place[row] for row in path)
         rows.pair_leaf.extend(len(rows.leaf_node) for _ in path)
         rows.leaf_node.append(place[path[-1]])
+
+
+def _state(tree: Tree, parent: int) -> tuple[int, ...]:
+    """What tells the state behind `parent` from others of the tree: its observation, or, without one, itself."""
+    if parent == ROOT or not tree.nodes[parent].observation_ids:
+        return (-1, parent)  # no token has a negative id
+    return tuple(tree.nodes[parent].observation_ids)
 
 
 def _signals(per_tree: list[Signals], items: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

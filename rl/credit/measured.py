@@ -9,7 +9,7 @@ import torch
 
 from conf.check_credit import PATH_KL, STEP_KL
 from conf.errors import UnscoredNode
-from conf.schema import CreditConfig, GaeLevel
+from conf.schema import CreditConfig, GaeLevel, Scope
 from rl.credit.forest import Forest
 
 
@@ -40,7 +40,8 @@ def measurements_needed(cfg: CreditConfig) -> Needs:
     named = {signal for term in cfg.terms.values() for signal in term.signals}
     if has_gae:
         named |= cfg.gae.signals.keys()
-    return Needs(kl=bool(named & {STEP_KL, PATH_KL}), value=has_gae)
+    has_critic = has_gae or any(term.scope is Scope.critic for term in cfg.terms.values())
+    return Needs(kl=bool(named & {STEP_KL, PATH_KL}), value=has_critic)
 
 
 def with_measured(forest: Forest, measured: Sequence[Measured]) -> Forest:

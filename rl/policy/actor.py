@@ -156,9 +156,9 @@ class LearnerGroup:
             named = " and ".join(f"rank {rank} ({self._logs[rank]})" for rank in dead)
             stopped = " The others cannot go on alone and were stopped." if len(dead) < len(calls) else ""
             raise WorkerLost(
-                f"waiting for {what}, {len(dead)} of {len(calls)} learner processes died: {named}.{stopped} The end of its "
-                "log says why; a process killed without a word was often out of memory: lower learner.pack_tokens, or "
-                "set learner.gradient_checkpointing=true."
+                f"waiting for {what}, {len(dead)} of {len(calls)} learner processes died: {named}.{stopped} The end "
+                "of its log says why; a process killed without a word was often out of memory: lower "
+                "learner.pack_tokens, or set learner.gradient_checkpointing=true."
             ) from error
 
     def pids(self) -> list[int]:

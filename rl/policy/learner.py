@@ -25,7 +25,7 @@ from rl.policy.load import load_critic, load_policy, load_reference
 from rl.policy.lora import without_adapters
 from rl.policy.model import EdgeOutputs, TreeCritic
 from rl.policy.objective import Objective, Totals, objective
-from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, plan_packs, unique_tokens
+from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, path_tokens, plan_packs, unique_tokens
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
 from rl.policy.stored import read_checkpoint, write_checkpoint, write_engine_weights
 from rl.policy.tally import Tally
@@ -125,7 +125,7 @@ class Learner:
         whole = [_unweighted(tree) for tree in trees]
         number_of = {id(tree): number for number, tree in enumerate(trees)}
         found = []
-        for packed_trees in self._own_share(plan_packs(whole, self.cfg.learner.pack_tokens)):
+        for packed_trees in self._own_share(self._plan(whole)):
             batch = self._packed(packed_trees)
             value_E = self._values(batch) if needs.value else None
             kl_E = self._policy_logprobs(batch) - self._reference_logprobs(batch) if needs.kl else None
@@ -231,13 +231,19 @@ class Learner:
         )
         assert totals.weight > 0, "a trained step has w0 > 0: w0 sums the weights that w_pos and w_neg multiply"
         has_advantage = any(any(credit.w_pos) or any(credit.w_neg) or credit.tokens for credit in trees)
-        packs = plan_packs(trees, self.cfg.learner.pack_tokens)
+        packs = self._plan(trees)
         return MiniBatch(
             batches=[self._packed(packed_trees) for packed_trees in self._own_share(packs)],
             totals=totals,
             tokens=sum(unique_tokens(shard) for packed_trees in packs for shard in packed_trees),
             can_learn=bool(has_advantage or loss.kl_coef or loss.entropy_coef or loss.kind is LossKind.custom),
         )
+
+    def _plan(self, trees: list[TreeCredit]) -> list[list[TreeCredit]]:
+        """Packs of at most learner.pack_tokens; smaller ones where there would be fewer of them than ranks."""
+        apart = self.layout is Layout.trajectories
+        each_rank = -(-sum(map(path_tokens if apart else unique_tokens, trees)) // self.ranks.size)
+        return plan_packs(trees, max(1, min(self.cfg.learner.pack_tokens, each_rank)), counts_copies=apart)
 
     def _own_share(self, packs: list[list[TreeCredit]]) -> list[list[TreeCredit]]:
         """This rank's packs; [] stands for one that only keeps step with the other ranks."""

@@ -52,7 +52,7 @@ def build_optimizer(
 def _adamw_8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
     """AdamW whose moments are quantised in blocks of 256 values (arXiv 2110.02861)."""
     try:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"learner.optimizer=adamw_8bit needs the package torchao, which cannot be imported ({error}). Install it "

@@ -199,13 +199,18 @@ def pack(trees: Sequence[TreeCredit], pad_multiple: int = 1) -> PackedBatch:
     return layout.batch(pad_multiple)
 
 
-def plan_packs(trees: Sequence[TreeCredit], budget_tokens: int) -> list[list[TreeCredit]]:
-    """Share trees out over packs of at most `budget_tokens` unique tokens, first fit, largest first.
+def plan_packs(
+    trees: Sequence[TreeCredit], budget_tokens: int, *, counts_copies: bool = False
+) -> list[list[TreeCredit]]:
+    """Share trees out over packs of at most `budget_tokens` tokens, first fit, largest first.
 
     A tree above the budget is split at trajectory borders. Gradients add up over trajectories, so that is exact: every
     step's weights go to one shard, and later shards carry the shared prefix as context of weight zero. A single path
     above the budget is packed alone. The same trees always give the same packs.
 
+    Args:
+        counts_copies: a token counts once for each trajectory through it, as for a layout that computes them apart;
+            else once.
     Raises: ConfigError for a budget below one token.
     """
     if budget_tokens < 1:
@@ -213,8 +218,8 @@ def plan_packs(trees: Sequence[TreeCredit], budget_tokens: int) -> list[list[Tre
             f"learner.pack_tokens={budget_tokens} leaves no room for a token, so nothing could be trained. "
             "Use at least the longest path, e.g. rollout.max_context_tokens."
         )
-    shards = [shard for credit in trees for shard in _split(credit, budget_tokens)]
-    sizes = [unique_tokens(shard) for shard in shards]
+    shards = [shard for credit in trees for shard in _split(credit, budget_tokens, counts_copies)]
+    sizes = [_size(shard, counts_copies) for shard in shards]
     packs: list[list[TreeCredit]] = []
     room: list[int] = []
     for index in sorted(range(len(shards)), key=lambda index: (-sizes[index], index)):
@@ -290,29 +295,45 @@ def _step_ids(tree: Tree, row: int, *, has_children: bool) -> list[int]:
     return node.action_ids + node.observation_ids if has_children else node.action_ids
 
 
-def _split(credit: TreeCredit, budget_tokens: int) -> list[TreeCredit]:
-    if unique_tokens(credit) <= budget_tokens:
+def path_tokens(credit: TreeCredit) -> int:
+    """Tokens of all trajectories that a pack of the tree holds, each counted apart; 0 when it trains nothing."""
+    shape = _shape(credit)
+    return sum(len(credit.tree.prompt.token_ids) + _path_size(credit, leaf, shape.own) for leaf in shape.leaves())
+
+
+def _path_size(credit: TreeCredit, leaf: int, own: dict[int, int]) -> int:
+    return sum(own.get(row, 0) for row in credit.tree.path(leaf))
+
+
+def _size(credit: TreeCredit, counts_copies: bool) -> int:
+    return path_tokens(credit) if counts_copies else unique_tokens(credit)
+
+
+def _split(credit: TreeCredit, budget_tokens: int, counts_copies: bool) -> list[TreeCredit]:
+    if _size(credit, counts_copies) <= budget_tokens:
         return [credit] if _shape(credit).own else []
-    return _split_paths(credit, budget_tokens) if credit.paths else _split_rows(credit, budget_tokens)
+    split = _split_paths if credit.paths else _split_rows
+    return split(credit, budget_tokens, counts_copies)
 
 
-def _split_rows(credit: TreeCredit, budget_tokens: int) -> list[TreeCredit]:
+def _split_rows(credit: TreeCredit, budget_tokens: int, counts_copies: bool) -> list[TreeCredit]:
     """A step that several shards hold is trained by the first of them and only context in the others."""
     shards: list[set[int]] = []
-    for paths in _shards(credit, _shape(credit).leaves(), budget_tokens):
+    for paths in _shards(credit, _shape(credit).leaves(), budget_tokens, counts_copies):
         rows = {row for leaf in paths for row in credit.tree.path(leaf)}
         shards.append({row for row in rows if not any(row in shard for shard in shards)})
     return [credit.only_rows(rows) for rows in shards]
 
 
-def _split_paths(credit: TreeCredit, budget_tokens: int) -> list[TreeCredit]:
+def _split_paths(credit: TreeCredit, budget_tokens: int, counts_copies: bool) -> list[TreeCredit]:
     """Every trajectory is trained whole, by one shard."""
     live = {path.leaf: path for path in credit.paths if any(path.weight)}
     leaves = [row for row in _depth_first(credit.tree) if row in live]
-    return [credit.only_paths([live[leaf] for leaf in shard]) for shard in _shards(credit, leaves, budget_tokens)]
+    shards = _shards(credit, leaves, budget_tokens, counts_copies)
+    return [credit.only_paths([live[leaf] for leaf in shard]) for shard in shards]
 
 
-def _shards(credit: TreeCredit, leaves: list[int], budget_tokens: int) -> list[list[int]]:
+def _shards(credit: TreeCredit, leaves: list[int], budget_tokens: int, counts_copies: bool) -> list[list[int]]:
     """Neighbouring trajectories that fit the budget together, by their last rows; one above the budget is alone."""
     own = _shape(credit).own
     prompt_tokens = len(credit.tree.prompt.token_ids)
@@ -321,11 +342,11 @@ def _shards(credit: TreeCredit, leaves: list[int], budget_tokens: int) -> list[l
     used = 0
     for leaf in leaves:
         path = [row for row in credit.tree.path(leaf) if row in own]
-        extra = sum(own[row] for row in path if row not in held)
+        whole = prompt_tokens + _path_size(credit, leaf, own)
+        extra = whole if counts_copies else sum(own[row] for row in path if row not in held)
         if not shards or used + extra > budget_tokens:
             shards.append([])
-            held, used = set(), prompt_tokens
-            extra = sum(own[row] for row in path)
+            held, used, extra = set(), 0, whole
         held.update(path)
         used += extra
         shards[-1].append(leaf)

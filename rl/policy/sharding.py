@@ -35,7 +35,8 @@ def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype, *, offloa
         offload: weights, gradients and moments wait in the host's memory; on a GPU alone.
     """
     mesh = ranks.mesh or one_process_mesh(ranks.device)
-    parts = [*_blocks(module), *_value_heads(module), module]
+    heads = _value_heads(module)
+    parts = [*_blocks(module), *heads, module]
     for part in parts:
         own_dtype = next(part.parameters()).dtype
         fully_shard(
@@ -44,10 +45,9 @@ def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype, *, offloa
             # The root too: a forward pass without backward would leave it whole, and blind to the next update.
             reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(
-                param_dtype=own_dtype if part in _value_heads(module) else compute_dtype,
+                param_dtype=own_dtype if part in heads else compute_dtype,
                 reduce_dtype=torch.promote_types(own_dtype, torch.float32),
-                # A pack's float64 weights and log-probabilities keep their type on the way in.
-                cast_forward_inputs=part in _value_heads(module),
+                cast_forward_inputs=False,  # a pack's float64 numbers keep their type on the way in
             ),
             offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
         )
@@ -238,17 +238,17 @@ def _num_parts(moment: Tensor) -> int:
 
 def _copy_part(moment: Tensor, parts: list[Any] | None) -> None:
     """Give each rank its own part, bit for bit."""
-    local, received = moment, parts
     if isinstance(moment, DTensor):
-        local, received = moment.to_local(), [None]
-        dist.scatter_object_list(received, parts, src=0, group=moment.device_mesh.get_group())
-    assert received is not None, "rank 0 has the parts"
-    part = received[0]
-    if isinstance(part, Tensor):
-        local.copy_(part)
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, parts, src=0, group=moment.device_mesh.get_group())
+        _copy_part(moment.to_local(), own)
+        return
+    assert parts is not None and len(parts) == 1, "a rank has one part"
+    if isinstance(parts[0], Tensor):
+        moment.copy_(parts[0])
         return
     for name in QUANTISED:
-        getattr(local, name).copy_(part[name])
+        getattr(moment, name).copy_(parts[0][name])
 
 
 def _whole(value: Tensor) -> Tensor:

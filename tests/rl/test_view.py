@@ -200,3 +200,11 @@ def test_a_running_mean_looks_back_only():
 @pytest.mark.parametrize("seconds, text", [(7.4, "7 s"), (119.6, "2 min 0 s"), (3725, "1 h 2 min")])
 def test_a_duration_is_told_as_people_tell_it(seconds, text):
     assert duration_text(seconds) == text
+
+
+def test_a_card_tells_what_became_of_a_raw_value_and_why_a_trajectory_was_left_out():
+    tree = sample_tree()
+    tree.raw, tree.compared, tree.left_out = {1: {"outcome": 1.0}}, {1: {"outcome": 0.5}}, {3: "outranked"}
+    page = tree_html(tree)
+    assert "outcome +1.000 (raw 1, compared +0.500), total +1.000" in page
+    assert "call budget, left out: outranked" in page

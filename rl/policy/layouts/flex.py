@@ -1,9 +1,9 @@
 """Attention over a pack by FlexAttention with a block table: the fastest layout on a GPU.
 
-FlexAttention has no backward on a CPU: there, without a compiler, only a forward pass can run. It is compiled once for
-all packs, not once for each: the lengths are dynamic, and the block table and `end_T` are inputs like the keys are. Few
-things make it compile again: whether gradients are wanted, whether a layer has a window or a cap, a second and thereby
-dynamic length, and a pack of one block, whose table has no size to be dynamic in.
+FlexAttention has no backward on a CPU: there only a forward pass can run, operation by operation. On a GPU it is
+compiled once for all packs, not once for each: lengths are dynamic, and the block table and `end_T` are inputs like the
+keys are. What makes it compile again: whether gradients are wanted, whether a layer has a window or a cap, a second
+model with other heads, and a pack of one block, whose table has no size to be dynamic in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.decorators import maybe_mark_dynamic
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from conf.errors import ConfigError
@@ -71,8 +72,11 @@ class FlexPlan:
         cap = None if softcap is None else torch.full((), softcap, device=query.device)
         # The usual scale is a constant of the kernel; a number would turn dynamic once two models differ in it.
         scale = None if scaling == query.shape[3] ** -0.5 else scaling
-        attend = _compiled() if on_gpu else _attend
-        return attend(query, key, value, self.end_T, self.depth_T, self.tables(window), scale, window, cap)
+        arguments = query, key, value, self.end_T, self.depth_T, self.tables(window)
+        if not on_gpu:
+            return _attend(*arguments, scale, window, cap)
+        mark_lengths(*arguments)
+        return _compiled()(*arguments, scale, window, cap)
 
     def tables(self, window: int | None) -> BlockTables:
         """The tables of a layer with this window."""
@@ -129,6 +133,22 @@ def _attend(
     )
     assert isinstance(output, Tensor), "log-sum-exps were not asked for"
     return output.transpose(1, 2)
+
+
+def mark_lengths(
+    query: Tensor, key: Tensor, value: Tensor, end_T: Tensor, depth_T: Tensor, tables: BlockTables
+) -> None:
+    """Tell the compiler which sizes change from pack to pack.
+
+    It would find out by itself at the second length, but then two compiled forms fit the first one, and a checkpointed
+    layer may get one in its forward pass and the other when it is computed again.
+    """
+    for heads in (query, key, value):
+        maybe_mark_dynamic(heads, 2)
+    for tokens in (end_T, depth_T):
+        maybe_mark_dynamic(tokens, 0)
+    for table in tables:
+        maybe_mark_dynamic(table, list(range(2, table.ndim)))
 
 
 @cache

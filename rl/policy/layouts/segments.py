@@ -109,7 +109,10 @@ def plan_chunks(end_T: Tensor, window: int | None = None) -> list[Chunk]:
                 continue
         joined.append(piece)
 
-    return [_chunk(piece, num_hidden(piece.start, piece.shallowest), end_T, depth_T, window) for piece in joined]
+    return [
+        _chunk(piece, depth[piece.start] - num_hidden(piece.start, piece.shallowest), end_T, depth_T, window)
+        for piece in joined
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +153,8 @@ def _pieces(end_T: Tensor, depth: list[int], window: int | None) -> Iterator[_Pi
             yield _Piece(start, stop, [*ancestors, *above], segment, depth[start], is_causal)
 
 
-def _chunk(piece: _Piece, num_hidden: int, end_T: Tensor, depth_T: Tensor, window: int | None) -> Chunk:
-    num_above = int(depth_T[piece.start]) - num_hidden
+def _chunk(piece: _Piece, num_above: int, end_T: Tensor, depth_T: Tensor, window: int | None) -> Chunk:
+    """The call for a piece and the nearest `num_above` tokens of the path before it."""
     key_ranges = [*last_tokens(piece.ancestors, num_above), (piece.start, piece.stop)]
     if piece.is_causal:
         return Chunk(piece.start, piece.stop, key_ranges, None)

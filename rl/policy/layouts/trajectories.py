@@ -4,7 +4,7 @@ agree with, and the way for models that no packed tree can train exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -55,8 +55,10 @@ def trajectory_hidden(backbone: nn.Module, batch: PackedBatch, max_tokens: int =
     starts = batch.traj_ptr
     lengths = [stop - start for start, stop in pairwise(starts)]
     is_first_P = _is_first(batch)
+    groups = list(_groups(lengths, max_tokens))
+    num_idle = _most_calls(len(groups), batch) - len(groups)  # agreed on before the first call
     rows, tokens, routers = [], [], []
-    for group in _groups(lengths, max_tokens):
+    for group in groups:
         place_GL, is_real_GL = _places([starts[row] for row in group], [lengths[row] for row in group], batch)
         index_GL = batch.traj_index_P[place_GL]
         ids_GL = batch.input_ids_T[index_GL].where(is_real_GL, PAD_ID)
@@ -66,7 +68,7 @@ def trajectory_hidden(backbone: nn.Module, batch: PackedBatch, max_tokens: int =
         tokens.append(index_GL[is_taken_GL])
         if wants_routers:
             routers.append(_router_logits(output, is_real_GL))
-    idle = [_idle_row(backbone, batch) for _ in range(_most_calls(len(rows), batch) - len(rows))]
+    idle = [_idle_row(backbone, batch) for _ in range(num_idle)]
     hidden_TD = _scattered(rows, tokens, idle, len(batch.input_ids_T))
     return Hidden(hidden_TD, router_aux_loss(routers, backbone) if routers else None)
 
@@ -89,7 +91,7 @@ def router_aux_loss(routers: list[list[Tensor]], backbone: nn.Module) -> Tensor:
     return loss
 
 
-def _groups(lengths: list[int], max_tokens: int) -> Iterable[list[int]]:
+def _groups(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
     """Trajectories by length, longest first, as many as fit padded to the group's first."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from credit_forests import MAX_STEPS, credit_of, per_node, per_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_credit import slow_credit
 from trees import parse_scored
 
+from conf.check_credit import BROADCASTS, GROUPS_OF_TRAJECTORIES, TOKEN_MEANS, term_faults
 from conf.schema import (
     Backup,
+    Combine,
+    Compare,
     CreditConfig,
     Level,
     Normalizer,
+    Read,
+    Return,
     Scope,
     SignalUse,
     Singleton,
     TermConfig,
     TokenWeight,
 )
-from rewards.types import Score, ScoredTree, ScoreStatus
+from rewards.types import Score, ScoredTree
 from rollout.tree import ROOT
 
 VALUES = st.sampled_from([-1.0, -0.5, 0.0, 0.1, 0.25, 0.3, 1.0])
@@ -38,9 +44,25 @@ FORKS = st.recursive(st.just([]), lambda below: st.lists(below, min_size=1, max_
 BATCHES = st.lists(st.lists(FORKS, min_size=1, max_size=3), min_size=1, max_size=2)
 """Prompts as the lists of their first steps."""
 
-COMPARING = [normalizer for normalizer in Normalizer if normalizer is not Normalizer.none]
+ALONE = [Normalizer.none, Normalizer.max_return]
+"""Normalisers that subtract nothing."""
+COMPARING = [
+    Normalizer.center,
+    Normalizer.zscore,
+    Normalizer.leave_one_out,
+    Normalizer.rank,
+    Normalizer.whiten,
+    Normalizer.center_batch_std,
+]
+STEP_GROUPS = [
+    *(Scope.prompt, Scope.tree, Scope.siblings, Scope.turn_index, Scope.turn_index_padded),
+    *(Scope.state_key, Scope.batch),
+]
+TRAJECTORY_SCOPES = [Scope.prompt, Scope.tree, Scope.batch, Scope.ancestors, Scope.ancestors_by_size]
+PLAIN = {"combine": Combine.sum, "returns": Return.immediate, "read": Read.score}
+"""Values that move with the scores they are made of."""
 
-laws = settings(max_examples=60, deadline=None)
+laws = settings(max_examples=20, deadline=None)
 
 
 def drawing(name: str, below: list) -> str:
@@ -66,151 +88,77 @@ def draw_tree(data: st.DataObject, scores: st.SearchStrategy[Score], prefix: str
     return parse_scored(
         drawing(prefix, firsts),
         branches={f"{prefix}{place}": data.draw(st.integers(0, 1)) for place in range(len(firsts))},
+        observation_tokens=data.draw(st.integers(0, 1)),
         steps={name: data.draw(scores) for name in names},
         outcomes={name: data.draw(scores) for name in leaves},
     )
 
 
 def draw_term(data: st.DataObject, **fixed) -> TermConfig:
-    level = fixed.pop("level", None) or data.draw(st.sampled_from(Level))
-    scopes = [scope for scope in Scope if level is Level.step or scope is not Scope.siblings]
-    names = (
-        data.draw(st.sampled_from([["outcome"], ["step"], ["outcome", "step"]])) if level is Level.step else ["outcome"]
+    """A term that can work, of signals that all trees have; `fixed` are fields that must be as they are."""
+
+    def draw(name: str, choices) -> Any:
+        return fixed[name] if name in fixed else data.draw(st.sampled_from(list(choices)))
+
+    level = draw("level", Level)
+    is_step = level is Level.step
+    returns = draw("returns", [Return.immediate, Return.to_go] if is_step else [*BROADCASTS, Return.immediate])
+    reads_steps = is_step or returns is not Return.immediate
+    names = [["outcome"], ["step"], ["outcome", "step"]] if reads_steps else [["outcome"]]
+    compare = draw("compare", Compare) if returns is Return.to_go else Compare.returns
+    combine = (
+        draw("combine", [Combine.sum, Combine.overwrite, Combine.renorm, Combine.gate]) if is_step else Combine.sum
     )
-    options = {
-        "signals": {name: SignalUse(scale=data.draw(st.sampled_from([1.0, 2.0])), shift=-0.25) for name in names},
-        "backup": data.draw(st.sampled_from(Backup)),
-        "gamma": data.draw(st.sampled_from([0.5, 0.95, 1.0])),
-        "scope": data.draw(st.sampled_from(scopes)),
-        "normalizer": data.draw(st.sampled_from(Normalizer)),
-        "ddof": data.draw(st.sampled_from([0, 1])),
-        "eps": data.draw(st.sampled_from([0.0, 1e-6, 0.01])),
-        "min_std": data.draw(st.sampled_from([0.0, 0.1])),
-        "singleton": data.draw(st.sampled_from(Singleton)),
-        "weight": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+    groups = [scope for scope in STEP_GROUPS if compare is Compare.returns or scope is not Scope.turn_index_padded]
+    baselines = [] if compare is Compare.rewards else [Scope.parent_value, Scope.root_value]
+    scope = draw("scope", [*groups, *baselines] if is_step else TRAJECTORY_SCOPES)
+    backups = [each for each in Backup if each is not Backup.none] if scope in baselines else list(Backup)
+    signs_are_exact = returns is Return.immediate and combine is Combine.sum
+    backup = draw("backup", [each for each in backups if signs_are_exact or each is not Backup.any])
+    if scope is Scope.turn_index_padded:
+        backup = Backup.none
+    normalizers = [*ALONE, *COMPARING]
+    if scope in (Scope.turn_index_padded, Scope.ancestors, Scope.ancestors_by_size):
+        normalizers.remove(Normalizer.center_batch_std)
+    if compare is Compare.rewards and scope in GROUPS_OF_TRAJECTORIES:
+        normalizers += TOKEN_MEANS
+    return TermConfig(
+        level=level,
+        signals=fixed.get("signals") or draw_signals(data, data.draw(st.sampled_from(names)), fixed, backup),
+        combine=combine,
+        returns=returns,
+        backup=backup,
+        gamma=1.0 if scope in baselines else draw("gamma", [0.5, 0.95, 1.0]),
+        compare=compare,
+        scope=scope,
+        normalizer=Normalizer.center if scope in baselines else draw("normalizer", normalizers),
+        ddof=draw("ddof", [0, 1]),
+        eps=draw("eps", [0.0, 1e-6, 0.01]),
+        min_std=draw("min_std", [0.0, 0.1]),
+        singleton=draw("singleton", Singleton),
+        zero_variance=draw("zero_variance", Singleton),
+        weight=draw("weight", [0.0, 0.5, 1.0]),
+    )
+
+
+def draw_signals(data: st.DataObject, names: list[str], fixed: dict[str, Any], backup: Backup) -> dict[str, SignalUse]:
+    reads = [Read.score] if backup is Backup.any else list(Read)  # the sign of a sum is rounding's to say
+    return {
+        name: SignalUse(
+            scale=data.draw(st.sampled_from([1.0, 2.0])),
+            shift=-0.25,
+            read=fixed.get("read") or data.draw(st.sampled_from(reads)) if name == "step" else Read.score,
+        )
+        for name in names
     }
-    return TermConfig(level=level, **{**options, **fixed})
 
 
 def draw_credit(data: st.DataObject, **fixed) -> CreditConfig:
     terms = {f"term{index}": draw_term(data, **fixed) for index in range(data.draw(st.integers(1, 3)))}
     weight = data.draw(st.sampled_from(TokenWeight))
-    return CreditConfig(terms=terms, whiten=data.draw(st.booleans()), shared_token_weight=weight)
-
-
-# ---- the slow version: trees as they are, one pair at a time, no tensors ----
-
-
-def slow_credit(scored: list[ScoredTree], cfg: CreditConfig) -> dict[tuple[str, str], tuple[float, float]]:
-    """(leaf, step) -> (advantage, weight)."""
-    total: dict[tuple[str, str], float] = {}
-    trained: set[tuple[str, str]] = set()
-    for term in cfg.terms.values():
-        for pair, advantage in slow_term(scored, term).items():
-            total[pair] = total.get(pair, 0.0) + term.weight * (advantage or 0.0)
-            if advantage is not None and term.weight != 0:
-                trained.add(pair)
-    if cfg.whiten:
-        total = slow_whitened(total, {pair: slow_weight(pair, trained, cfg) for pair in total})
-    return {pair: (advantage, slow_weight(pair, trained, cfg)) for pair, advantage in total.items()}
-
-
-def slow_whitened(value: dict, weight: dict) -> dict:
-    """Every step has one token here, so a pair counts as often as its weight says."""
-    count = math.fsum(weight.values())
-    if not count:
-        return value
-    mean = math.fsum(value[pair] * weight[pair] for pair in value) / count
-    spread = math.fsum(weight[pair] * (value[pair] - mean) ** 2 for pair in value)
-    if count <= 1 or max(abs(value[pair] - mean) for pair in value if weight[pair]) < 1e-12:
-        return dict.fromkeys(value, 0.0)
-    deviation = math.sqrt(spread / (count - 1) + 1e-8)
-    return {pair: (value[pair] - mean) / deviation if weight[pair] else 0.0 for pair in value}
-
-
-def slow_weight(pair: tuple[str, str], trained: set[tuple[str, str]], cfg: CreditConfig) -> float:
-    if pair not in trained:
-        return 0.0
-    count = sum(step == pair[1] for _, step in trained)
-    return {TokenWeight.per_leaf: 1.0, TokenWeight.sqrt_leaf: count**-0.5, TokenWeight.unique: 1 / count}[
-        cfg.shared_token_weight
-    ]
-
-
-def slow_term(scored: list[ScoredTree], term: TermConfig) -> dict[tuple[str, str], float | None]:
-    """(leaf, step) -> advantage, None where the term has nothing to say."""
-    values: dict[tuple[int, int], float | None] = {}
-    groups: dict[tuple[int, int], object] = {}
-    for prompt, each in enumerate(scored):
-        rows = each.tree.leaves() if term.level is Level.trajectory else range(len(each.tree.nodes))
-        for row in rows:
-            read = slow_leaf_value if term.level is Level.trajectory else slow_step_value
-            values[prompt, row] = read(each, row, term)
-            groups[prompt, row] = slow_group(each, prompt, row, term.scope)
-    advantages = {place: slow_compared(place, values, groups, term) for place in values}
-    result = {}
-    for prompt, each in enumerate(scored):
-        names = [node.action_text for node in each.tree.nodes]
-        for leaf in each.tree.leaves():
-            for row in each.tree.path(leaf):
-                place = (prompt, leaf if term.level is Level.trajectory else row)
-                result[names[leaf], names[row]] = advantages[place]
-    return result
-
-
-def slow_group(scored: ScoredTree, prompt: int, row: int, scope: Scope) -> object:
-    node = scored.tree.nodes[row]
-    return {
-        Scope.prompt: prompt,
-        Scope.tree: (prompt, node.branch),
-        Scope.siblings: (prompt, node.parent),
-        Scope.batch: "all",
-    }[scope]
-
-
-def slow_leaf_value(scored: ScoredTree, leaf: int, term: TermConfig) -> float | None:
-    score, use = scored.leaf_signals["outcome"][leaf], term.signals["outcome"]
-    return use.scale * score.value + use.shift if score.is_scored else None
-
-
-def slow_step_value(scored: ScoredTree, row: int, term: TermConfig) -> float | None:
-    found = []
-    if "outcome" in term.signals:
-        below = [leaf for leaf in scored.tree.leaves() if row in scored.tree.path(leaf)]
-        known = [(leaf, slow_leaf_value(scored, leaf, term)) for leaf in below]
-        decayed = [
-            term.gamma ** (scored.tree.depth(leaf) - scored.tree.depth(row)) * value
-            for leaf, value in known
-            if value is not None
-        ]
-        if not decayed:
-            return None
-        found.append(max(decayed) if term.backup is Backup.max else math.fsum(decayed) / len(decayed))
-    if "step" in term.signals:
-        score, use = scored.step_signals["step"][row], term.signals["step"]
-        if score.status in (ScoreStatus.failed, ScoreStatus.timed_out):
-            return None
-        if score.is_scored:
-            found.append(use.scale * score.value + use.shift)
-    return math.fsum(found) if found else None
-
-
-def slow_compared(place, values, groups, term: TermConfig) -> float | None:
-    value = values[place]
-    if value is None or term.normalizer is Normalizer.none:
-        return value
-    group = [values[other] for other in values if groups[other] == groups[place] and values[other] is not None]
-    if len(group) == 1:
-        return value if term.singleton is Singleton.raw else 0.0
-    mean = math.fsum(group) / len(group)
-    if max(group) - min(group) < 1e-12:
-        return 0.0
-    if term.normalizer is Normalizer.center:
-        return value - mean
-    if term.normalizer is Normalizer.leave_one_out:
-        return value - (math.fsum(group) - value) / (len(group) - 1)
-    deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in group) / (len(group) - term.ddof))
-    return (value - mean) / (max(deviation, term.min_std) + term.eps)
+    cfg = CreditConfig(terms=terms, whiten=data.draw(st.booleans()), shared_token_weight=weight)
+    assert term_faults(cfg) == []
+    return cfg
 
 
 @laws
@@ -272,7 +220,17 @@ def test_constant_added_to_every_score_changes_no_compared_advantage(shift, data
     scored = draw_batch(data, VALUES.map(Score))
     normalizer = data.draw(st.sampled_from(COMPARING))
     # Without decay only: a constant that is decayed differs from step to step.
-    cfg = draw_credit(data, normalizer=normalizer, singleton=Singleton.zero, gamma=1.0)
+    backup = data.draw(st.sampled_from([each for each in Backup if each is not Backup.any]))
+    cfg = draw_credit(
+        data,
+        normalizer=normalizer,
+        singleton=Singleton.zero,
+        zero_variance=Singleton.zero,
+        gamma=1.0,
+        **PLAIN,
+        scope=Scope.prompt,
+        backup=backup,
+    )
     forest, before = credit_of(cfg, *scored)
     _, after = credit_of(cfg, *[shifted(each, shift) for each in scored])
     assert per_pair(forest, after.advantage_P, *scored) == pytest.approx(
@@ -320,7 +278,15 @@ def test_advantages_among_siblings_add_up_to_zero(data):
     scored = draw_batch(data, SCORES)
     normalizer = data.draw(st.sampled_from(COMPARING))
     term = draw_term(
-        data, level=Level.step, scope=Scope.siblings, normalizer=normalizer, singleton=Singleton.zero, weight=1.0
+        data,
+        level=Level.step,
+        scope=Scope.siblings,
+        backup=Backup.leaf_mean,
+        compare=Compare.returns,
+        normalizer=normalizer,
+        singleton=Singleton.zero,
+        zero_variance=Singleton.zero,
+        weight=1.0,
     )
     forest, credit = credit_of(CreditConfig(terms={"fork": term}), *scored)
     forks: dict[tuple[int, int], float] = {}
@@ -341,7 +307,15 @@ def test_chain_without_forks_earns_no_fork_credit(data):
         outcomes={names[-1]: data.draw(SCORES)},
     )
     normalizer = data.draw(st.sampled_from(COMPARING))
-    term = draw_term(data, level=Level.step, scope=Scope.siblings, normalizer=normalizer, singleton=Singleton.zero)
+    term = draw_term(
+        data,
+        level=Level.step,
+        scope=Scope.siblings,
+        compare=Compare.returns,
+        normalizer=normalizer,
+        singleton=Singleton.zero,
+        zero_variance=Singleton.zero,
+    )
     _, credit = credit_of(CreditConfig(terms={"fork": term}), tree)
     assert not credit.advantage_P.any()
 
@@ -363,7 +337,7 @@ def test_trajectory_whose_verdict_failed_changes_no_others_advantage(data):
 @given(st.data())
 def test_trajectory_whose_verdict_failed_counts_nowhere_under_a_trajectory_term(data):
     scored = draw_batch(data, SCORES)
-    cfg = draw_credit(data, level=Level.trajectory, weight=1.0)
+    cfg = draw_credit(data, level=Level.trajectory, returns=Return.immediate, weight=1.0)
     forest, credit = credit_of(cfg, *scored)
     never_sampled = [without_unscored(each) for each in scored]
     rest, expected_credit = credit_of(cfg, *never_sampled)
@@ -385,7 +359,7 @@ def without_unscored(scored: ScoredTree) -> ScoredTree:
 @given(st.data())
 def test_credit_of_a_prompt_depends_on_the_rest_of_the_batch_only_if_compared_with_it(data):
     scored, drawn = draw_batch(data, SCORES), draw_credit(data)
-    own = {name: replace(term, scope=own_scope(term.scope)) for name, term in drawn.terms.items()}
+    own = {name: own_term(term) for name, term in drawn.terms.items()}
     cfg = replace(drawn, terms=own, whiten=False)
     forest, together = credit_of(cfg, *scored)
     advantage = per_node(forest, together.advantage_N, *scored)
@@ -395,8 +369,15 @@ def test_credit_of_a_prompt_depends_on_the_rest_of_the_batch_only_if_compared_wi
             assert value == pytest.approx(advantage[name], abs=1e-6)
 
 
-def own_scope(scope: Scope) -> Scope:
-    return Scope.prompt if scope is Scope.batch else scope
+def own_term(term: TermConfig) -> TermConfig:
+    """The term without what reads the whole batch."""
+    signals = {
+        name: replace(use, read=Read.score if use.read is Read.max_return else use.read)
+        for name, use in term.signals.items()
+    }
+    scope = Scope.prompt if term.scope is Scope.batch else term.scope
+    by_batch = term.normalizer is Normalizer.center_batch_std
+    return replace(term, scope=scope, signals=signals, normalizer=Normalizer.center if by_batch else term.normalizer)
 
 
 @laws

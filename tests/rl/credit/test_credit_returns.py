@@ -1,69 +1,56 @@
 import pytest
 import torch
-from credit_forests import balanced, per_node, ragged
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from conf.errors import ShapeError, UnscoredNode
-from rewards.types import ScoredTree
-from rl.credit.forest import forest_of
-from rl.credit.returns import leaf_max, leaf_mean
+from conf.errors import ShapeError
+from rl.credit.returns import following, product_after, somewhere_after, to_go
 
-
-def backed_up(backup, scored: ScoredTree, gamma: float = 1.0, but: tuple[int, ...] = ()) -> dict[str, float | None]:
-    """Value of each step by name, None where no trajectory counts; leaves in `but` do not count."""
-    forest = forest_of([scored])
-    outcome_L = forest.leaf_signals["outcome"]
-    valid_L = torch.ones(len(outcome_L), dtype=torch.bool)
-    valid_L[list(but)] = False
-    value_N, valid_N = backup(
-        outcome_L, valid_L, forest.length_L, forest.depth_N, forest.pair_node_P, forest.pair_leaf_P, gamma=gamma
-    )
-    valid = per_node(forest, valid_N, scored)
-    return {name: value if valid[name] else None for name, value in per_node(forest, value_N, scored).items()}
+PATHS = st.lists(st.lists(st.floats(-2, 2), min_size=1, max_size=6), max_size=4)
+"""Rewards of each trajectory's steps."""
 
 
-def test_step_is_worth_the_mean_of_the_leaves_below_it():
-    assert backed_up(leaf_mean, balanced()) == {"a": 0.5, "a1": 1, "a2": 0, "b": 0, "b1": 0, "b2": 0}
+def pairs(paths: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    values = [value for path in paths for value in path]
+    leaves = [leaf for leaf, path in enumerate(paths) for _ in path]
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(leaves, dtype=torch.int64)
 
 
-def test_step_is_worth_the_best_leaf_below_it():
-    assert backed_up(leaf_max, balanced()) == {"a": 1, "a1": 1, "a2": 0, "b": 0, "b1": 0, "b2": 0}
+def test_return_is_the_decayed_sum_of_what_follows():
+    # gamma .5: 1 + .5 * 2 + .25 * 4 = 3, 2 + .5 * 4 = 4, 4; the next trajectory starts anew
+    assert to_go(*pairs([[1, 2, 4], [8]]), gamma=0.5).tolist() == [3, 4, 4, 8]
 
 
-def test_decay_counts_the_steps_to_the_end_of_each_trajectory():
-    value = backed_up(leaf_mean, ragged(), gamma=0.5)
-    # r is two steps from the end of r2 and r1 one; q is one step from q1 = 1 and q2 = 0
-    assert value == {"p": 1, "q": 0.25, "q1": 1, "q2": 0, "r": 0.25, "r1": 0.5, "r2": 1}
+@settings(max_examples=20, deadline=None)
+@given(paths=PATHS, gamma=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_returns_agree_with_a_sum_for_each_step(paths, gamma):
+    slow = [
+        sum(gamma**distance * reward for distance, reward in enumerate(path[place:]))
+        for path in paths
+        for place in range(len(path))
+    ]
+    assert to_go(*pairs(paths), gamma=gamma).tolist() == pytest.approx(slow, abs=1e-9)
 
 
-def test_decay_makes_the_best_of_wrong_leaves_the_farthest():
-    tree = ragged(outcomes={"p": -1.0, "q1": -1.0, "q2": -1.0, "r2": -1.0})
-    assert backed_up(leaf_max, tree, gamma=0.5)["r"] == -0.25
+@settings(max_examples=20, deadline=None)
+@given(PATHS)
+def test_products_agree_with_a_product_for_each_step(paths):
+    slow = [float(torch.tensor(path[place + 1 :]).double().prod()) for path in paths for place in range(len(path))]
+    assert product_after(*pairs(paths)).tolist() == pytest.approx(slow, abs=1e-6)
 
 
-def test_no_decay_left_at_gamma_zero_but_the_last_step_keeps_its_own():
-    assert backed_up(leaf_mean, ragged(), gamma=0.0)["r2"] == 1
-    assert backed_up(leaf_mean, ragged(), gamma=0.0)["r1"] == 0
+def test_what_is_true_of_a_step_is_somewhere_after_all_before_it():
+    value_P, leaf_P = pairs([[0, 1, 0], [0], [1]])
+    assert somewhere_after(value_P > 0, leaf_P).tolist() == [True, True, False, False, True]
 
 
-@pytest.mark.parametrize("backup", [leaf_mean, leaf_max])
-def test_step_speaks_only_for_the_trajectories_that_count(backup):
-    value = backed_up(backup, balanced(), but=(0,))  # a1, the only right one
-    assert value["a"] == 0
-    assert value["a1"] is None
+def test_a_trajectory_goes_on_as_long_as_it_has_steps():
+    _, leaf_P = pairs([[0, 0, 0], [0]])
+    assert following(leaf_P, 1).tolist() == [True, True, False, False]
+    assert following(leaf_P, 2).tolist() == [True, False, False, False]
+    assert not following(leaf_P, 9).any()
 
 
-@pytest.mark.parametrize("backup", [leaf_mean, leaf_max])
-def test_step_with_no_trajectory_that_counts_has_no_value(backup):
-    assert set(backed_up(backup, balanced(), but=(0, 1, 2, 3)).values()) == {None}
-
-
-def test_value_said_to_count_must_be_a_number():
-    one = torch.ones(1, dtype=torch.int64)
-    with pytest.raises(UnscoredNode, match="the value of a trajectory of row 0 is nan"):
-        leaf_mean(torch.tensor([torch.nan]), torch.tensor([True]), one, one, one - 1, one - 1)
-
-
-def test_leaf_arrays_must_be_of_one_tree():
-    one = torch.ones(1, dtype=torch.int64)
-    with pytest.raises(ShapeError, match="value_L has L=2 leaves but valid_L has L=1"):
-        leaf_max(torch.zeros(2), torch.tensor([True]), one, one, one - 1, one - 1)
+def test_rewards_and_trajectories_must_be_of_the_same_pairs():
+    with pytest.raises(ShapeError, match="reward_P has P=2"):
+        to_go(torch.zeros(2), torch.zeros(3, dtype=torch.int64), gamma=1.0)

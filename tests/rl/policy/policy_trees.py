@@ -112,7 +112,7 @@ def drawn_forest(seed: int) -> list[PairedTree]:
 
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma", "gemma2", "gemma3", "qwen3_moe", "mixtral")
-"""Those with windows (of 4 tokens, in all layers or in one) are qwen2, mistral, gemma2 and gemma3; gemma2 has caps too."""
+"""qwen2, mistral, gemma2 and gemma3 have windows of 4 tokens, all but mistral in one layer only; gemma2 has caps."""
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, *, tied: bool = True, **changes: object) -> PreTrainedModel:

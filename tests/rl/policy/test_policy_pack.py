@@ -14,7 +14,7 @@ from trees import parse_tree, row_of
 
 from conf.errors import ConfigError, DataError, ShapeError
 from rl.policy.mask import ancestor_mask
-from rl.policy.pack import PathCredit, TokenCredit, TreeCredit, pack, plan_packs, unique_tokens
+from rl.policy.pack import PathCredit, TokenCredit, TreeCredit, pack, path_tokens, plan_packs, unique_tokens
 from rollout.tree import ROOT, Tree
 from rollout.types import Prompt
 
@@ -249,3 +249,13 @@ def test_shards_of_trajectories_add_up_to_the_tree(drawn: PairedTree, budget: in
         assert totals == pytest.approx(getattr(credit, name))
     for shard in shards:
         assert len(shard.paths) == 1 or unique_tokens(shard) <= budget
+
+
+@settings(max_examples=20, deadline=None)
+@given(paired_trees(), st.integers(1, 60))
+def test_packs_for_trajectories_apart_count_every_copy(drawn: PairedTree, budget: int):
+    packs = plan_packs([drawn.credit()], budget, counts_copies=True)
+    for packed in packs:
+        batch = pack(packed)
+        assert sum(path_tokens(credit) for credit in packed) == len(batch.traj_index_P)
+        assert len(batch.traj_index_P) <= budget or len(batch.traj_ptr) == 2  # or one trajectory alone

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_trees import forests, grown, paired, tiny
@@ -129,6 +130,8 @@ def test_a_rank_alone_sums_to_its_own_numbers():
 
 
 def test_a_rank_that_nobody_joins_stops_waiting_and_says_where_to_look():
+    if dist.is_initialized():  # an earlier test's group of this process alone
+        dist.destroy_process_group()
     meeting = open_meeting(timeout_s=5.0)
     with pytest.raises(WaitTimeout, match=r"(?s)rank 1 waited 0 s for the 1 other .* learner\*\.log"):
         join(1, 2, meeting_address(meeting), CPU, timeout_s=0.3)

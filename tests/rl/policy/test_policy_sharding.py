@@ -48,6 +48,7 @@ CASES = [
     rank_cases.wrong_weights,
     *([rank_cases.trained_8bit] if HAS_8BIT else []),
 ]
+pytestmark = pytest.mark.timeout(600)  # the first test starts two processes, which a busy machine makes wait
 ALONE = Ranks.alone(torch.device("cpu"))
 
 

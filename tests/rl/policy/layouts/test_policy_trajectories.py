@@ -57,7 +57,10 @@ def gradients(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
 
 def check_equal(model: PreTrainedModel, reference: PreTrainedModel, forest: list[PairedTree], max_tokens: int) -> None:
     batch = packed(forest)
-    hidden_TD, expected_TD = trajectory_hidden(model.base_model, batch, max_tokens).hidden_TD, one_by_one(reference, batch)
+    hidden_TD, expected_TD = (
+        trajectory_hidden(model.base_model, batch, max_tokens).hidden_TD,
+        one_by_one(reference, batch),
+    )
     torch.testing.assert_close(hidden_TD, expected_TD, rtol=1e-4, atol=1e-5)
     found, expected = gradients(model, hidden_TD), gradients(reference, expected_TD)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -77,7 +80,7 @@ def test_a_fork_of_two_is_two_rows_of_all_their_tokens():
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "gemma3"])
 def test_every_token_has_the_state_and_gradient_of_its_trajectory_alone(family: str):
     model = tiny(family)
-    for seed in range(3):
+    for seed in range(2):
         check_equal(model, plain_copy(model), drawn_forest(seed), max_tokens=40)
 
 
@@ -85,7 +88,7 @@ def test_the_size_of_groups_changes_nothing():
     model = tiny("llama")
     reference = plain_copy(model)
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(forests(max_steps=6), st.sampled_from([1, 17, 60, 10_000]))
     def check(forest: list[PairedTree], max_tokens: int) -> None:
         check_equal(model, reference, forest, max_tokens)
@@ -93,7 +96,9 @@ def test_the_size_of_groups_changes_nothing():
     check()
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "rwkv", "recurrent_gemma", "bloom", "mpt", "gptj", "opt"])
+@pytest.mark.parametrize(
+    "model_type", ["mamba", "qwen3_next", "rwkv", "recurrent_gemma", "bloom", "mpt", "gptj", "opt"]
+)
 def test_padding_on_the_right_reaches_no_recurrence_and_no_position(model_type: str):
     model = other(model_type)
     check_equal(model, model, [fork((2, 1, 5))], max_tokens=100)
