@@ -26,9 +26,9 @@ def train(cfg: Config) -> dict[str, Any]:
             prompts = run.next_prompts()
             trees = run.grow(prompts)
             scored = run.score(trees)
-            credit = run.assign(scored)
+            found = run.assign(scored)
             with uninterrupted():  # half an update is no state to save
-                run.update(scored, credit)
-                run.finish_step(scored, credit)
+                run.update(scored, found)
+                run.finish_step(scored, found)
             run.evaluate_if_due()
         return run.finish()

@@ -50,13 +50,6 @@ class RecordedTree:
         return self.advantages.get(row, {}).get(TOTAL)
 
 
-def write_trees(path: Path, scored: list[ScoredTree], advantages: list[Advantages]) -> None:
-    """As `write_records`, of trees with their advantages alone, one table per tree."""
-    write_records(
-        path, [RecordedTree(scored=tree, advantages=table) for tree, table in zip(scored, advantages, strict=True)]
-    )
-
-
 def write_records(path: Path, recorded: list[RecordedTree]) -> None:
     """Write one step's trees as gzipped JSON lines, one tree a line; the same trees give the same bytes.
 

@@ -15,10 +15,11 @@ from conf.schema import Config
 from rewards.base import build_sources
 from rewards.types import ScoredTree
 from rl import checkpoint
-from rl.credit.assign import Credit, assign
-from rl.credit.forest import Forest, forest_of
-from rl.credit.measured import measurements_needed, with_measured
+from rl.credit.measured import Measured, measurements_needed
+from rl.credit.normalize import Moments
+from rl.credited import Credited, credited
 from rl.evaluate import evaluate, successes_of
+from rl.health import health_metrics
 from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
@@ -26,8 +27,9 @@ from rl.model import resolve_model
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.tree_credits import tree_credits
 from rl.progress import Progress
-from rl.record import Advantages, write_trees
+from rl.record import write_records
 from rl.run_folder import RunFolder, installed_versions, open_run_folder, route_logs, settings
+from rl.shares import Shares, recorded_trees, shares_of
 from rl.tracker import Tracker
 from rl.view import write_report
 from rollout.data import PromptSource, build_prompt_source
@@ -55,6 +57,8 @@ class RunState:
     success_after: float | None = None
     success_standard_error: float | None = None
     evaluated_step: int | None = None
+    history: dict[str, Moments] = field(default_factory=dict)
+    """What running normalisers have seen."""
 
 
 @contextlib.contextmanager
@@ -105,7 +109,7 @@ class Run:
         self._started = self._step_started = time.monotonic()
         self._checkpointed_step = 0
         self._log: MetricsLog | None = None
-        self._forest: Forest | None = None
+        self._shares: Shares | None = None
 
     def restore(self) -> None:
         """Continue from the newest intact checkpoint when run.resume asks for it."""
@@ -118,6 +122,7 @@ class Run:
                     f"the resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
                 )
             self.state = RunState(**stored["run"])
+            self.state.history = {name: Moments(**seen) for name, seen in self.state.history.items()}
             self._checkpointed_step = self.state.step
             self._ask(self._learner.load(str(found.path)), "the learner to load its checkpoint")
             assert self._parts.publisher is not None, "a training run publishes weights"
@@ -156,44 +161,50 @@ class Run:
             self._metrics["rollout/success_share"] = sum(successes) / len(successes)
         return scored
 
-    def assign(self, scored: list[ScoredTree]) -> Credit:
-        """An advantage for every step and trajectory."""
-        needs = measurements_needed(self.cfg.credit)
+    def assign(self, scored: list[ScoredTree]) -> Credited:
+        """What of the trees trains, and an advantage for every step and trajectory of it."""
+        measure = self._measure if measurements_needed(self.cfg.credit) else None
         with self._stage("credit"):
-            forest = forest_of(scored)
-            if needs:
-                calls = self._learner.measure([each.tree for each in scored], needs)
-                forest = with_measured(forest, self._ask(calls, "the learner to measure KL and values"))
-            self._forest = forest
-            credit = assign(forest, self.cfg.credit, self.cfg.rollout.max_steps)
+            found = credited(scored, self.cfg, measure, self.state.history)
+            self._shares = shares_of(found, self.cfg)
+            self._metrics |= health_metrics(scored, found, self._shares, self.cfg.credit)
+        selection, credit = found.selection, found.credit
+        self._metrics |= {f"select/{reason}_share": share for reason, share in selection.shares().items()}
+        self._metrics["select/missing_prompts"] = selection.num_missing_prompts()
         trained_N = credit.w0_N > 0
         num_trained = max(1, int(trained_N.sum()))
         for name, part_P in credit.parts.items():
             self._metrics[f"credit/{name}_abs_mean"] = float(part_P.abs().mean()) if len(part_P) else 0.0
         zero_N = trained_N & (credit.w_pos_N == 0) & (credit.w_neg_N == 0)
         self._metrics["credit/zero_advantage_share"] = int(zero_N.sum()) / num_trained
-        return credit
+        return found
 
-    def update(self, scored: list[ScoredTree], credit: Credit) -> None:
+    def _measure(self, trees: list[Tree]) -> list[Measured]:
+        calls = self._learner.measure(trees, measurements_needed(self.cfg.credit))
+        return self._ask(calls, "the learner to measure KL and values")
+
+    def update(self, scored: list[ScoredTree], found: Credited) -> None:
         """Train on the trees and bring the new weights to the engines."""
-        assert self._forest is not None and self._parts.publisher is not None, "credit was assigned in a training run"
+        assert self._parts.publisher is not None, "a training run publishes weights"
         grown = [each.tree for each in scored]
-        trees = tree_credits(grown, self._forest, credit, self.cfg.loss, self.cfg.rollout.max_context_tokens)
+        kept = [each.tree for each in found.selection.trees]
+        trees = tree_credits(kept, found.forest, found.credit, self.cfg.loss, self.cfg.rollout.max_context_tokens)
         with self._stage("update"):
             calls = self._learner.update(trees, self.state.step)
             self._metrics |= self._ask(calls, f"update {self.state.step}")
         self.state.step += 1
+        self.state.history = dict(found.credit.history)
         self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
         self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
         with self._stage("publish"):
             self._metrics |= self._parts.publisher.publish(self.state.step, grown)
 
-    def finish_step(self, scored: list[ScoredTree], credit: Credit) -> None:
+    def finish_step(self, scored: list[ScoredTree], found: Credited) -> None:
         """Write the step's metrics and trees, and a checkpoint when one is due."""
-        assert self._log is not None and self._forest is not None, "the run was restored before it stepped"
+        assert self._log is not None and self._shares is not None, "the run was restored before it stepped"
         step = self.state.step
         if self.cfg.run.record_every_steps and step % self.cfg.run.record_every_steps == 0:
-            write_trees(self.folder.tree_file(step), scored, advantage_tables(self._forest, credit, len(scored)))
+            write_records(self.folder.tree_file(step), recorded_trees(scored, found, self._shares))
         if self.cfg.run.checkpoint_every_steps and step % self.cfg.run.checkpoint_every_steps == 0:
             self.checkpoint()
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
@@ -289,18 +300,3 @@ class Run:
             "worker_restarts": self._parts.pool.num_restarts,
             "versions": installed_versions(),
         }
-
-
-def advantage_tables(forest: Forest, credit: Credit, num_trees: int) -> list[Advantages]:
-    """For each tree: row -> each term's mean contribution over the trajectories through it, and their total."""
-    tables: list[Advantages] = [{} for _ in range(num_trees)]
-    total_N = credit.w0_N.clamp(min=1e-12)
-    means = {
-        name: part_P.new_zeros(len(total_N)).index_add(0, forest.pair_node_P, credit.weight_P * part_P) / total_N
-        for name, part_P in credit.parts.items()
-    }
-    means["total"] = credit.advantage_N
-    for name, value_N in means.items():
-        for prompt, row, value in zip(forest.prompt_N.tolist(), forest.row_N.tolist(), value_N.tolist(), strict=True):
-            tables[prompt].setdefault(row, {})[name] = value
-    return tables

@@ -21,7 +21,7 @@ from rl.credit.forest import forest_of
 from rl.launch import Parts, launched
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.tree_credits import tree_credits
-from rl.run import advantage_tables
+from rl.shares import advantage_tables
 from rl.tiny import write_tiny_model
 from rollout.data import build_prompt_source
 from rollout.tree import Tree

@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,15 @@ from trees import parse_scored
 
 from conf.errors import DataError
 from rewards.types import Score, ScoredTree, ScoreStatus
-from rl.record import RecordedTree, read_trees, write_trees
+from rl.record import Advantages, RecordedTree, read_trees, write_records
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
+
+
+def write_trees(path: Path, scored: list[ScoredTree], advantages: list[Advantages]) -> None:
+    found = zip(scored, advantages, strict=True)
+    write_records(path, [RecordedTree(scored=tree, advantages=table) for tree, table in found])
+
 
 # Lone surrogates too: a model can write half a character in a call's arguments.
 texts = st.text(st.characters(codec=None), max_size=8)

@@ -9,12 +9,17 @@ from trees import parse_scored
 
 from conf.errors import DataError
 from conf.schema import Config
-from rewards.types import Score
+from rewards.types import Score, ScoredTree
 from rl.metrics import MetricsLog
-from rl.record import RecordedTree, write_trees
+from rl.record import Advantages, RecordedTree, write_records
 from rl.run_folder import RunFolder, open_run_folder, settings
 from rl.view import choose_tree, draw_tree_text, duration_text, running_mean, succeeded, tree_html, write_report
 from rollout.types import StopReason
+
+
+def write_trees(path: Path, scored: list[ScoredTree], advantages: list[Advantages]) -> None:
+    found = zip(scored, advantages, strict=True)
+    write_records(path, [RecordedTree(scored=tree, advantages=table) for tree, table in found])
 
 
 def recorded(text: str, advantages: dict[int, float] | None = None, **scores: object) -> RecordedTree:

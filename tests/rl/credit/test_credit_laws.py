@@ -30,7 +30,7 @@ from conf.schema import (
     TokenWeight,
 )
 from rewards.types import Score, ScoredTree
-from rollout.tree import ROOT
+from rollout.tree import ROOT, Tree
 
 VALUES = st.sampled_from([-1.0, -0.5, 0.0, 0.1, 0.25, 0.3, 1.0])
 SCORES = st.one_of(
@@ -399,3 +399,100 @@ def test_depth_limit_changes_only_signals_with_a_bound():
         _, long = credit_of(cfg, tree, max_steps=MAX_STEPS + 1)
         # 0.5^4 / 2 * 0.5 against 0.5^5 / 2 * 0.5
         assert short.advantage_P.equal(long.advantage_P * 2 if bound else long.advantage_P)
+
+
+def scaled(scored: ScoredTree, scale: float) -> ScoredTree:
+    """The same tree with every score multiplied."""
+
+    def times(signals):
+        return {
+            name: {row: Score(score.value * scale) for row, score in by_row.items()} for name, by_row in signals.items()
+        }
+
+    return replace(scored, step_signals=times(scored.step_signals), leaf_signals=times(scored.leaf_signals))
+
+
+@pytest.mark.parametrize("scale", [0.5, 8.0])
+@laws
+@given(data=st.data())
+def test_scaled_scores_scale_what_is_centred_and_leave_zscores_and_places_as_they_are(scale, data):
+    scored = draw_batch(data, VALUES.map(Score))
+    normalizer, factor = data.draw(
+        st.sampled_from([(Normalizer.center, scale), (Normalizer.zscore, 1.0), (Normalizer.rank, 1.0)])
+    )
+    signals = {"outcome": SignalUse(), "step": SignalUse()}
+    term = draw_term(
+        data, level=Level.step, signals=signals, normalizer=normalizer, eps=0.0, min_std=0.0,
+        scope=data.draw(st.sampled_from(STEP_GROUPS)), combine=Combine.sum, backup=Backup.leaf_mean,
+        singleton=Singleton.zero, zero_variance=Singleton.zero,
+    )  # fmt: skip
+    _, before = credit_of(CreditConfig(terms={"x": term}), *scored)
+    _, after = credit_of(CreditConfig(terms={"x": term}), *[scaled(each, scale) for each in scored])
+    assert after.advantage_P.tolist() == pytest.approx((factor * before.advantage_P).tolist(), abs=1e-5)
+
+
+@laws
+@given(st.data())
+def test_gains_of_the_steps_that_continue_a_step_cancel_out(data):
+    scored = draw_batch(data, VALUES.map(Score))
+    by_leaves = data.draw(st.booleans())
+    backup = Backup.leaf_mean if by_leaves else Backup.child_mean
+    term = TermConfig(
+        level=Level.step,
+        signals={"outcome": SignalUse()},
+        backup=backup,
+        scope=Scope.parent_value,
+        normalizer=Normalizer.center,
+    )
+    forest, credit = credit_of(CreditConfig(terms={"gain": term}), *scored)
+    share_N = forest.num_leaves_N if by_leaves else torch.ones_like(forest.num_leaves_N)
+    forks: dict[tuple[int, int], float] = {}
+    for fork, gain in zip(
+        zip(forest.prompt_N.tolist(), forest.parent_N.tolist(), strict=True),
+        (share_N * credit.advantage_N).tolist(),
+        strict=True,
+    ):
+        forks[fork] = forks.get(fork, 0.0) + gain
+    assert list(forks.values()) == pytest.approx([0.0] * len(forks), abs=1e-5)
+
+
+def copies(scored: ScoredTree) -> ScoredTree:
+    """Every trajectory as a chain of its own, shared steps as often as they are shared."""
+    tree = Tree(prompt=scored.tree.prompt)
+    copied = ScoredTree(tree=tree)
+    for signals, found in ((scored.step_signals, copied.step_signals), (scored.leaf_signals, copied.leaf_signals)):
+        found.update({name: {} for name in signals})
+    for leaf in scored.tree.leaves():
+        parent = ROOT
+        for row in scored.tree.path(leaf):
+            parent = tree.add(replace(scored.tree.nodes[row], parent=parent, branch=scored.tree.nodes[leaf].branch))
+            for name, scores in scored.step_signals.items():
+                copied.step_signals[name][parent] = scores[row]
+        for name, scores in scored.leaf_signals.items():
+            copied.leaf_signals[name][parent] = scores[leaf]
+    return copied
+
+
+@laws
+@given(st.data())
+def test_shared_steps_are_trained_as_their_copies_would_be(data):
+    scored = draw_batch(data, SCORES)
+    if data.draw(st.booleans()):
+        scope = data.draw(st.sampled_from([Scope.prompt, Scope.tree, Scope.batch]))
+        term = draw_term(data, level=Level.trajectory, scope=scope, read=Read.score, weight=1.0)
+    else:
+        scope = data.draw(st.sampled_from([Scope.turn_index, Scope.turn_index_padded, Scope.batch]))
+        term = draw_term(
+            data, level=Level.step, returns=Return.to_go, compare=Compare.returns, backup=Backup.none, scope=scope,
+            read=Read.score, weight=1.0,
+        )  # fmt: skip
+    cfg = CreditConfig(terms={"x": term}, whiten=data.draw(st.booleans()))
+    forest, credit = credit_of(cfg, *scored)
+    apart, separate = credit_of(cfg, *[copies(each) for each in scored])
+    assert credit.advantage_P.tolist() == pytest.approx(separate.advantage_P.tolist(), abs=1e-5)
+    assert credit.weight_P.equal(separate.weight_P)
+    # at ratio 1 the gradient of a step is its sum of weight * advantage, whatever the clip
+    gradient_N = torch.zeros(len(forest.parent_N)).index_add(
+        0, forest.pair_node_P, (separate.w_pos_N + separate.w_neg_N)[apart.pair_node_P]
+    )
+    assert (credit.w_pos_N + credit.w_neg_N).tolist() == pytest.approx(gradient_N.tolist(), abs=1e-5)
