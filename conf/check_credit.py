@@ -70,6 +70,7 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         terms_are_complete,
         terms_can_work,
         term_signals_are_fed,
+        both_sides_are_combined,
         signals_are_used,
         scopes_fit_the_tree,
         something_is_compared,
@@ -306,6 +307,12 @@ def _faults_of(term: TermConfig) -> list[tuple[bool, str]]:
             f"Use gamma=1 and backup=leaf_mean or child_mean.",
         ),
         (
+            term.scope in (Scope.parent_value, Scope.root_value)
+            and any(use.read is not Read.score for use in term.signals.values()),
+            f".scope={term.scope.value} takes the difference of two values, but a signal of the term is not read as it "
+            f"is: it would be taken twice. Use read=score, or normalizer=none with scope=prompt.",
+        ),
+        (
             term.scope is Scope.turn_index_padded
             and (term.backup is not Backup.none or term.compare is Compare.rewards),
             f".scope=turn_index_padded counts trajectories, ended ones too, but backup={term.backup.value} and "
@@ -358,6 +365,29 @@ def term_signals_are_fed(cfg: Config) -> list[Problem]:
                 )
             )
     return found
+
+
+def both_sides_are_combined(cfg: Config) -> list[Problem]:
+    """What combines the scores of steps with those of trajectories reads some of each."""
+    fed, found = fed_signals(cfg), []
+    combining = [(f"credit.terms.{name}", term.combine, term.signals) for name, term in cfg.credit.terms.items()]
+    if has_gae(cfg):
+        combining.append(("credit.gae", cfg.credit.gae.combine, cfg.credit.gae.signals))
+    for key, combine, signals in combining:
+        known = [signal for signal in signals if signal in fed or signal in MEASURED_SIGNALS]
+        sides = {_is_of_steps(cfg, signal, fed) for signal in known}
+        if combine is not Combine.sum and len(known) == len(signals) and len(sides) == 1:
+            found.append(Problem(one_sided(key, combine, missing_steps=sides == {False})))
+    return found
+
+
+def one_sided(key: str, combine: Combine, *, missing_steps: bool) -> str:
+    """What is said of a combination that has nothing to combine."""
+    missing = "steps" if missing_steps else "whole trajectories"
+    return (
+        f"{key}.combine={combine.value} combines signals of steps with signals of trajectories, and {key}.signals names "
+        f"none that scores {missing}: there is nothing to combine. Add one, or use combine=sum."
+    )
 
 
 def _uses(cfg: Config) -> Iterator[tuple[str, bool, str]]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conf.check_credit import GAE_PART, reads_steps, term_faults
+from conf.check_credit import GAE_PART, one_sided, reads_steps, term_faults
 from conf.errors import ConfigError
-from conf.schema import CreditConfig, GaeConfig, GaeLevel, Read, Scope, SignalUse, TokenWeight
+from conf.schema import Combine, CreditConfig, GaeConfig, GaeLevel, Read, Scope, SignalUse, TermConfig, TokenWeight
 from rl.credit.backup import mean_of_groups
 from rl.credit.critic import CriticCredit, critic_credit, critic_values, taught_critic
 from rl.credit.forest import Forest
@@ -186,11 +186,14 @@ def _check_terms(forest: Forest, cfg: CreditConfig) -> None:
     faults = term_faults(cfg)
     if faults:
         raise ConfigError(faults[0])
-    uses = [(f"credit.terms.{name}", reads_steps(term), term.signals) for name, term in cfg.terms.items()]
+    uses: list[tuple[str, bool, TermConfig | GaeConfig]] = [
+        (f"credit.terms.{name}", reads_steps(term), term) for name, term in cfg.terms.items()
+    ]
     if has_gae:
         assert GAE_PART not in cfg.terms, "the checks refuse a term of this name, which stands for the critic's part"
-        uses.append(("credit.gae", True, cfg.gae.signals))
-    for key, of_steps, signals in uses:
+        uses.append(("credit.gae", True, cfg.gae))
+    for key, of_steps, reader in uses:
+        signals = reader.signals
         if not signals:
             raise ConfigError(
                 f"{key}.signals is empty: there would be nothing but zeros to give credit for. "
@@ -198,6 +201,9 @@ def _check_terms(forest: Forest, cfg: CreditConfig) -> None:
             )
         for signal, use in signals.items():
             _check_signal(forest, key, of_steps, signal, use)
+        sides = {signal in forest.step_signals for signal in signals}
+        if reader.combine is not Combine.sum and len(sides) == 1 and len(forest.parent_N):
+            raise ConfigError(one_sided(key, reader.combine, missing_steps=sides == {False}))
 
 
 def _check_signal(forest: Forest, key: str, reads_both: bool, signal: str, use: SignalUse) -> None:

@@ -14,7 +14,7 @@ from rl.credit.critic import critic_values
 from rl.credit.forest import Forest
 from rl.credit.normalize import NOTHING_SEEN, Moments, less_token_mean, normalized, rounding, with_policy
 from rl.credit.reads import best_of
-from rl.credit.returns import to_go
+from rl.credit.returns import somewhere_after, to_go
 from rl.credit.scopes import ended_before, group_ids
 from rl.credit.signals import (
     Rewards,
@@ -81,7 +81,7 @@ def term_credit(forest: Forest, term: TermConfig, max_steps: int, history: Momen
     if term.combine is Combine.four_cases:
         return _four_cases(forest, term, found)
     if term.level is Level.trajectory:
-        value_L, valid_L = trajectory_values(found, forest, term.returns)
+        value_L, valid_L = _trajectory_values(found, forest, term.returns)
         if term.scope in ANCESTORS:
             return _among_ancestors(forest, term, value_L, valid_L)
         return _compared(forest, term, _of_leaves(forest, term, value_L, valid_L), history)
@@ -104,7 +104,7 @@ def term_credit(forest: Forest, term: TermConfig, max_steps: int, history: Momen
     return _compared(forest, term, values, history)
 
 
-def trajectory_values(found: Rewards, forest: Forest, returns: Return) -> tuple[Tensor, Tensor]:
+def _trajectory_values(found: Rewards, forest: Forest, returns: Return) -> tuple[Tensor, Tensor]:
     """What a trajectory is worth: its own signals, and with a broadcast what its steps earn, as a sum or a mean.
 
     A trajectory is not valid where one of its own signals was not scored, where one of a step's failed, or where
@@ -196,7 +196,7 @@ def _counts(forest: Forest, values: _Values) -> Tensor:
 
 
 def _rewards_compared(forest: Forest, term: TermConfig, found: Rewards, history: Moments | None) -> TermCredit:
-    """Compare what each step earns, then take the return of it."""
+    """Compare what each step earns, then take the return of it; not where none of the rewards could be compared."""
     known_P = known_to_go(found, forest)
     speaks_P = found.spoken_P | (is_last(forest) & found.reads_ends)
     reward_P = found.per_pair(forest)
@@ -205,7 +205,7 @@ def _rewards_compared(forest: Forest, term: TermConfig, found: Rewards, history:
         # The mean is over all tokens of a trajectory: a step that nothing was said of earned 0 with its own.
         values = _of_pairs(forest, term, reward_P, known_P)
         group_L = group_ids(forest, Level.trajectory, term.scope)
-        compared_P, valid_P = less_token_mean(reward_P, known_P, values.tokens_X, forest.pair_leaf_P, group_L, term)
+        compared_P, speaks_P = less_token_mean(reward_P, known_P, values.tokens_X, forest.pair_leaf_P, group_L, term)
     else:
         values = _of_pairs(forest, term, reward_P, valid_P)
         if not found.varies:  # what is the same in all trajectories through a step is compared once
@@ -213,8 +213,9 @@ def _rewards_compared(forest: Forest, term: TermConfig, found: Rewards, history:
             reward_N, valid_N = mean_of_groups(reward_P[valid_P], torch.ones_like(node_V), node_V, len(forest.parent_N))
             values = _of_nodes(forest, term, reward_N, valid_N)
         compared = _compared(forest, term, values, history)
-        compared_P, history = compared.advantage_P, compared.history
-    value_P = to_go(torch.where(valid_P, compared_P, 0), forest.pair_leaf_P, gamma=term.gamma)
+        compared_P, speaks_P, history = compared.advantage_P, compared.valid_P & valid_P, compared.history
+    value_P = to_go(torch.where(speaks_P, compared_P, 0), forest.pair_leaf_P, gamma=term.gamma)
+    known_P = known_P & somewhere_after(speaks_P, forest.pair_leaf_P)
     if term.backup is Backup.none:
         return TermCredit(torch.where(known_P, value_P, 0), known_P, reward_P, history)
     value_N, valid_N = _of_steps(forest, term, found, value_P, known_P)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ class LearnerActor:
 
     def __init__(self, cfg: Config, model_path: str, rank: int, log_path: str) -> None:
         send_output_to(Path(log_path))
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", force=True)
+        logging.getLogger("rl").setLevel(logging.INFO)
         self._cfg, self._model_path, self._rank = cfg, model_path, rank
         self._meeting: Any = None
 

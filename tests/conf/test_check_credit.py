@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +130,14 @@ def test_step_signal_can_be_summed_over_a_trajectory_by_a_broadcast(composed: Co
     assert [problem.text for problem in problems(fed(composed, summed)) if problem.fatal] == []
 
 
+@pytest.mark.parametrize(("signal", "missing"), [("outcome", "steps"), ("judge", "whole trajectories")])
+def test_combination_of_one_side_alone_is_refused(composed: Config, signal: str, missing: str):
+    gate = credit({"terms": {"x": {"level": "step", "signals": {signal: {}}, "combine": "gate"}}})
+    assert any(f"names none that scores {missing}" in problem.text for problem in problems(fed(composed, gate)))
+    renorm = credit({"gae": {"level": "step", "signals": {signal: {}}, "combine": "renorm"}})
+    assert any(f"names none that scores {missing}" in problem.text for problem in problems(fed(composed, renorm)))
+
+
 def test_term_that_compares_with_a_critic_needs_one(composed: Config):
     term = {"level": "step", "signals": {"outcome": {}}, "scope": "critic", "normalizer": "center"}
     run = fed(composed, credit({"terms": {"x": term}}))
@@ -141,3 +151,17 @@ def test_faults_of_terms_are_found_before_a_run_starts(composed: Config):
     [text] = term_faults(cfg)
     assert text.startswith("credit.terms.x.returns=to_go differs from step to step, but level=trajectory has one value")
     assert text in [problem.text for problem in problems(fed(composed, cfg)) if problem.fatal]
+
+
+RECIPES = sorted((CONFIG_DIR / "credit").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_shipped_method_says_how_it_is_biased_and_has_a_row_in_the_docs(file: Path):
+    head = file.read_text(encoding="utf-8")
+    assert head.count("# Bias: ") == 1
+    rows = (CONFIG_DIR.parent / "docs" / "credit.md").read_text(encoding="utf-8").splitlines()
+    assert any(f"`{file.stem}`" in row for row in rows if row.startswith("|"))
+    assert set(re.findall(r"arXiv (\d{4}\.\d{5})", head.split(":")[0])) <= set(
+        re.findall(r"\d{4}\.\d{5}", "\n".join(rows))
+    )

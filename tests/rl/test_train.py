@@ -138,3 +138,33 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(room: Path):
     step = int(stored.name.removeprefix("step_"))
     train(room, "stopped", f"run.num_steps={step + 1}", "run.resume=true")
     assert json.loads((room / "stopped" / "summary.json").read_text())["steps"] == step + 1
+
+
+PPO = ["loss=ppo", "credit=gae", "credit.gae.signals.step.scale=1", "rollout=chains", "loss.critic.kind=model"]
+ADAPTERS = ["model.lora.rank=4", "learner.num_processes=2", "learner.num_threads=1", "loss=dapo", "learner.epochs=2"]
+KL_IN_REWARD = ["loss=rloo", "credit.terms.trajectory.signals.path_kl.scale=-0.05", "learner.layout=depth_first"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "choice", [PPO, ADAPTERS, KL_IN_REWARD], ids=["critic", "adapters on two ranks", "kl in reward"]
+)
+def test_a_run_trains_by_other_losses_layouts_and_ranks(room: Path, whole: Path, choice: list[str]):
+    name = choice[0].replace("=", "_")
+    train(room, name, "run.num_steps=2", "run.eval_every_steps=0", *choice)
+    rows = metrics(room / name)
+    trained = [row for row in rows if "loss/total" in row]
+    assert len(trained) == 2
+    # the engines follow: what they sampled, and what they say after the update, is what the learner says
+    assert all(row["loss/logprob_gap_nats"] < 1e-3 and row["weights/canary_gap_nats"] < 1e-3 for row in trained)
+    assert "the policy trains by layout" in (room / name / "logs" / "learner.log").read_text()
+    before, after = (load_file(path) for path in (started_from(room), room / name / MODEL_OF_STEP_2))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+MODEL_OF_STEP_2 = Path("checkpoints") / "step_000002" / "model" / "model.safetensors"
+
+
+def started_from(room: Path) -> Path:
+    (model,) = (room / "warm_start").glob("**/model.safetensors")
+    return model

@@ -463,8 +463,9 @@ def _rewards_compared(scored: list[ScoredTree], paths: list[Path], term: TermCon
     summed: dict[Pair, float | None] = {}
     for path in paths:
         for place, pair in enumerate(path.pairs()):
-            rewards = [compared.get(later) or 0.0 for later in path.pairs()[place:]]
-            summed[pair] = _discounted(rewards, term.gamma) if go_on[pair] else None
+            rewards = [compared[later] for later in path.pairs()[place:]]
+            speaks = go_on[pair] and any(reward is not None for reward in rewards)
+            summed[pair] = _discounted([reward or 0.0 for reward in rewards], term.gamma) if speaks else None
     if term.backup is Backup.none:
         return summed
     taken = _taken(paths, term)

@@ -59,7 +59,7 @@ STEP_GROUPS = [
     *(Scope.state_key, Scope.batch),
 ]
 TRAJECTORY_SCOPES = [Scope.prompt, Scope.tree, Scope.batch, Scope.ancestors, Scope.ancestors_by_size]
-PLAIN = {"combine": Combine.sum, "returns": Return.immediate, "read": Read.score}
+PLAIN = {"combine": Combine.sum, "returns": Return.immediate, "reads": [Read.score]}
 """Values that move with the scores they are made of."""
 
 laws = settings(max_examples=20, deadline=None)
@@ -104,11 +104,13 @@ def draw_term(data: st.DataObject, **fixed) -> TermConfig:
     is_step = level is Level.step
     returns = draw("returns", [Return.immediate, Return.to_go] if is_step else [*BROADCASTS, Return.immediate])
     reads_steps = is_step or returns is not Return.immediate
-    names = [["outcome"], ["step"], ["outcome", "step"]] if reads_steps else [["outcome"]]
     compare = draw("compare", Compare) if returns is Return.to_go else Compare.returns
     combine = (
         draw("combine", [Combine.sum, Combine.overwrite, Combine.renorm, Combine.gate]) if is_step else Combine.sum
     )
+    names = [["outcome"], ["step"], ["outcome", "step"]] if reads_steps else [["outcome"]]
+    if combine is not Combine.sum:
+        names = names[2:]
     groups = [scope for scope in STEP_GROUPS if compare is Compare.returns or scope is not Scope.turn_index_padded]
     baselines = [] if compare is Compare.rewards else [Scope.parent_value, Scope.root_value]
     scope = draw("scope", [*groups, *baselines] if is_step else TRAJECTORY_SCOPES)
@@ -117,6 +119,8 @@ def draw_term(data: st.DataObject, **fixed) -> TermConfig:
     backup = draw("backup", [each for each in backups if signs_are_exact or each is not Backup.any])
     if scope is Scope.turn_index_padded:
         backup = Backup.none
+    # The sign of a sum, which Backup.any asks for, is rounding's to say.
+    reads = [Read.score] if backup is Backup.any or scope in baselines else fixed.get("reads", list(Read))
     normalizers = [*ALONE, *COMPARING]
     if scope in (Scope.turn_index_padded, Scope.ancestors, Scope.ancestors_by_size):
         normalizers.remove(Normalizer.center_batch_std)
@@ -124,7 +128,7 @@ def draw_term(data: st.DataObject, **fixed) -> TermConfig:
         normalizers += TOKEN_MEANS
     return TermConfig(
         level=level,
-        signals=fixed.get("signals") or draw_signals(data, data.draw(st.sampled_from(names)), fixed, backup),
+        signals=fixed.get("signals") or draw_signals(data, data.draw(st.sampled_from(names)), reads),
         combine=combine,
         returns=returns,
         backup=backup,
@@ -141,13 +145,12 @@ def draw_term(data: st.DataObject, **fixed) -> TermConfig:
     )
 
 
-def draw_signals(data: st.DataObject, names: list[str], fixed: dict[str, Any], backup: Backup) -> dict[str, SignalUse]:
-    reads = [Read.score] if backup is Backup.any else list(Read)  # the sign of a sum is rounding's to say
+def draw_signals(data: st.DataObject, names: list[str], reads: list[Read]) -> dict[str, SignalUse]:
     return {
         name: SignalUse(
             scale=data.draw(st.sampled_from([1.0, 2.0])),
             shift=-0.25,
-            read=fixed.get("read") or data.draw(st.sampled_from(reads)) if name == "step" else Read.score,
+            read=data.draw(st.sampled_from(reads)) if name == "step" else Read.score,
         )
         for name in names
     }
@@ -424,7 +427,7 @@ def test_scaled_scores_scale_what_is_centred_and_leave_zscores_and_places_as_the
     term = draw_term(
         data, level=Level.step, signals=signals, normalizer=normalizer, eps=0.0, min_std=0.0,
         scope=data.draw(st.sampled_from(STEP_GROUPS)), combine=Combine.sum, backup=Backup.leaf_mean,
-        singleton=Singleton.zero, zero_variance=Singleton.zero,
+        compare=Compare.returns, singleton=Singleton.zero, zero_variance=Singleton.zero,
     )  # fmt: skip
     _, before = credit_of(CreditConfig(terms={"x": term}), *scored)
     _, after = credit_of(CreditConfig(terms={"x": term}), *[scaled(each, scale) for each in scored])
@@ -479,12 +482,12 @@ def test_shared_steps_are_trained_as_their_copies_would_be(data):
     scored = draw_batch(data, SCORES)
     if data.draw(st.booleans()):
         scope = data.draw(st.sampled_from([Scope.prompt, Scope.tree, Scope.batch]))
-        term = draw_term(data, level=Level.trajectory, scope=scope, read=Read.score, weight=1.0)
+        term = draw_term(data, level=Level.trajectory, scope=scope, reads=[Read.score], weight=1.0)
     else:
         scope = data.draw(st.sampled_from([Scope.turn_index, Scope.turn_index_padded, Scope.batch]))
         term = draw_term(
             data, level=Level.step, returns=Return.to_go, compare=Compare.returns, backup=Backup.none, scope=scope,
-            read=Read.score, weight=1.0,
+            reads=[Read.score], weight=1.0,
         )  # fmt: skip
     cfg = CreditConfig(terms={"x": term}, whiten=data.draw(st.booleans()))
     forest, credit = credit_of(cfg, *scored)
