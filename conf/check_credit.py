@@ -385,7 +385,7 @@ def one_sided(key: str, combine: Combine, *, missing_steps: bool) -> str:
     """What is said of a combination that has nothing to combine."""
     missing = "steps" if missing_steps else "whole trajectories"
     return (
-        f"{key}.combine={combine.value} combines signals of steps with signals of trajectories, and {key}.signals names "
+        f"{key}.combine={combine.value} combines signals of steps with those of trajectories, and {key}.signals names "
         f"none that scores {missing}: there is nothing to combine. Add one, or use combine=sum."
     )
 

@@ -121,8 +121,8 @@ class Run:
                     f"seed={self.cfg.seed} differs from the seed={stored['seed']} that {found.path} was trained with: "
                     f"the resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
                 )
-            self.state = RunState(**stored["run"])
-            self.state.history = {name: Moments(**seen) for name, seen in self.state.history.items()}
+            history = {name: Moments(**seen) for name, seen in stored["run"].get("history", {}).items()}
+            self.state = RunState(**{**stored["run"], "history": history})
             self._checkpointed_step = self.state.step
             self._ask(self._learner.load(str(found.path)), "the learner to load its checkpoint")
             assert self._parts.publisher is not None, "a training run publishes weights"

@@ -327,7 +327,7 @@ def test_chain_without_forks_earns_no_fork_credit(data):
 @given(st.data())
 def test_trajectory_whose_verdict_failed_changes_no_others_advantage(data):
     scored = draw_batch(data, SCORES)
-    term = draw_term(data, signals={"outcome": SignalUse()})
+    term = draw_term(data, signals={"outcome": SignalUse()}, combine=Combine.sum)
     forest, credit = credit_of(CreditConfig(terms={"term": term}), *scored)
     never_sampled = [without_unscored(each) for each in scored]
     rest, expected_credit = credit_of(CreditConfig(terms={"term": term}), *never_sampled)

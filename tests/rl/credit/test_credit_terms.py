@@ -153,7 +153,7 @@ def test_credit_of_other_normalisers_has_no_history():
 
 FAULTS = [
     ({**PARENT, "signals": {"outcome": {"read": "difference"}}}, "it would be taken twice"),
-    ({"level": "step", "combine": "gate"}, "combine=gate combines signals of steps with signals of trajectories"),
+    ({"level": "step", "combine": "gate"}, "combine=gate combines signals of steps with those of trajectories"),
     ({"level": "step", "returns": "broadcast"}, "returns=broadcast gives a trajectory one value"),
     ({"returns": "to_go"}, "returns=to_go differs from step to step"),
     ({"combine": "renorm"}, "combine=renorm says what steps earn"),
