@@ -200,7 +200,11 @@ def _sequence_log_ratio(logprob_E: Tensor, batch: PackedBatch, paths: PathTokens
 def _measure_movement(
     logprob_E: Tensor, batch: PackedBatch, corrected: PackedBatch, cfg: LossConfig, found: _Found
 ) -> None:
-    """How far the policy has moved from the old log-probabilities, and what the clip makes of that."""
+    """How far the policy has moved from the old log-probabilities, and what the clip makes of that.
+
+    A token whose trajectories were split between packs counts as clipped in those packs alone where one of the
+    trajectories is; so the share, unlike the loss, can be smaller than in one pack.
+    """
     log_ratio_E = log_ratio(logprob_E, batch.old_logprob_E)
     found.add_mean("loss/approx_kl_nats", k3(log_ratio_E), batch.w0_E)
     found.maxima["loss/ratio_max"] = log_ratio_E.max().exp()

@@ -84,6 +84,8 @@ def trees() -> list[TreeCredit]:
 
 def test_two_processes_learn_what_one_learns(group: LearnerGroup, alone: Learner, tmp_path: Path):
     found, wanted = answer(group, group.update(trees(), 0)), alone.update(trees(), 0)
+    # each rank has packs of its own, so a tree that two of them share costs its prefix twice
+    assert found.pop("learner/packed_tokens") >= wanted.pop("learner/packed_tokens")
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
     answer(group, group.save_weights(str(tmp_path / "group.safetensors")))
     alone.save_weights(tmp_path / "alone.safetensors")

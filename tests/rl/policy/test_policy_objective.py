@@ -63,7 +63,9 @@ def test_a_packed_forest_has_the_loss_and_gradient_of_its_separate_trajectories(
 
 @settings(max_examples=20, deadline=None)
 @given(forests(), configs, st.integers(1, 60), st.booleans())
-def test_packs_change_neither_loss_nor_gradient_nor_metrics(forest, cfg, pack_tokens, has_critic):
+def test_packs_change_neither_loss_nor_gradient_and_metrics_by_no_more_than_a_split_clip(
+    forest, cfg, pack_tokens, has_critic
+):
     table = numbers([each.tree for each in forest])
     credits = credits_of(forest, cfg.aggregation, critic=table if has_critic else None)
     measured = {"measures_gap": True}
@@ -72,7 +74,13 @@ def test_packs_change_neither_loss_nor_gradient_nor_metrics(forest, cfg, pack_to
     assert_close(parts.loss, whole.loss)
     for grad, wanted in zip(gradients(parts.loss, table), gradients(whole.loss, table), strict=True):
         assert_close(grad, wanted)
-    assert parts.parts == pytest.approx(whole.parts, abs=1e-9)
+    # a token whose trajectories lie in several packs is clipped in those where an advantage of that sign is
+    clips = {"loss/clip_share", "loss/clip_low_share"}
+    assert {name: parts.parts[name] for name in parts.parts.keys() - clips} == pytest.approx(
+        {name: whole.parts[name] for name in whole.parts.keys() - clips}, abs=1e-9
+    )
+    for name in clips & whole.parts.keys():
+        assert parts.parts[name] <= whole.parts[name] + 1e-9
     assert parts.maxima == pytest.approx(whole.maxima)
 
 
