@@ -45,12 +45,27 @@ class Apart:
         self._process = context.Process(target=_serve, args=(theirs, make, num_threads))
         self._process.start()
         theirs.close()
-        self._pipe.recv()  # ready: setting up must not overlap with another's step
+        self._answer()  # ready: setting up must not overlap with another's step
 
     def step(self) -> Measured:
-        """Run the step once; only after another has ended is the machine free for it."""
+        """Run the step once; only after another has ended is the machine free for it.
+
+        Raises: RuntimeError when the process dies.
+        """
         self._pipe.send(None)
-        return self._pipe.recv()
+        measured = self._answer()
+        assert measured is not None, "only the first message says nothing but ready"
+        return measured
+
+    def _answer(self) -> Measured | None:
+        try:
+            return self._pipe.recv()
+        except EOFError as error:
+            self._process.join()
+            raise RuntimeError(
+                f"a measured process ended with code {self._process.exitcode}, so there is no figure for it. Its own "
+                "error is above; without one it was killed, most likely for lack of memory: close other programs."
+            ) from error
 
     def __enter__(self) -> Apart:
         return self
