@@ -1,6 +1,6 @@
 """Training on packed trees against training on each trajectory apart: speed, memory, and how close to the ideal.
 
-    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--repeats 3] [--threads 2]
+    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--repeats 7] [--threads 2]
 
 All sides compute the same gradient (compared before anything is timed): forward, log-probs of the trained tokens, PPO
 loss, backward; the optimiser's step is the same for all and left out. None computes more than PACK_TOKENS tokens at
@@ -62,7 +62,7 @@ SIDES: dict[str, Side] = {
     "varlen": varlen,
     "depth first": packed(Layout.depth_first),
 }
-REPEATS = {TINY: 1, SMALL: 3, MEDIUM: 1}
+REPEATS = {TINY: 1, SMALL: 7, MEDIUM: 2}
 """Timed repetitions of each side; one takes minutes with the larger model, so that noise averages out within it."""
 SHAPES = [TOOL, GRPO, COMB, CHAINS]
 HEAD = (2048, 151_936, 256)
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=LearnerConfig().num_threads, help="torch threads of each process"
     )
-    parser.add_argument("--repeats", type=int, help="timed repetitions (default: 3 with 4M parameters, 1 with 52M)")
+    parser.add_argument("--repeats", type=int, help="timed repetitions (default: 7 with 4M parameters, 2 with 52M)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     threads, prefix = options.threads, "quick_" if options.quick else ""

@@ -98,6 +98,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("loss/entropy_nats", "entropy of the policy", "weighted trained tokens"),
     Metric("loss/clip_share", "tokens whose ratio was clipped", "weighted trained tokens"),
     Metric("loss/clip_low_share", "tokens whose ratio was clipped from below", "weighted trained tokens"),
+    Metric(
+        "loss/clip_share_depth_<step>",
+        "tokens of the steps of this depth whose ratio was clipped; 16 stands for 16 and deeper",
+        "weighted trained tokens of these steps",
+    ),
     Metric("loss/approx_kl_nats", "estimated KL from the sampling policy to the learner", "weighted trained tokens"),
     Metric("loss/ratio_max", "largest probability ratio of learner to sampler", "trained tokens"),
     Metric(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from rewards.types import Score, ScoredTree, ScoreStatus
-from rollout.tree import ROOT, Tree
+from rollout.tree import ROOT, Node, Tree
 
 Signals = dict[str, dict[int, Score]]
 """signal -> row of a tree -> score."""
 
 _BROKEN = frozenset({ScoreStatus.failed, ScoreStatus.timed_out})
+_UNASKED = Score.not_applicable()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,56 +66,60 @@ class Forest:
     a critic (`rl.credit.measured`)."""
 
 
-@dataclass(slots=True)
-class _Rows:
-    """What is collected of the trees before it becomes tensors; one entry per node, leaf or pair."""
-
-    parent: list[int] = field(default_factory=list)
-    prompt: list[int] = field(default_factory=list)
-    row: list[int] = field(default_factory=list)
-    branch: list[int] = field(default_factory=list)
-    state: list[int] = field(default_factory=list)
-    depth: list[int] = field(default_factory=list)
-    num_actions: list[int] = field(default_factory=list)
-    leaf_node: list[int] = field(default_factory=list)
-    pair_node: list[int] = field(default_factory=list)
-    pair_leaf: list[int] = field(default_factory=list)
-
-
 def forest_of(scored: list[ScoredTree]) -> Forest:
-    """Lay the trained paths of a batch of scored trees out as tensors.
+    """Lay the trained paths of a batch of scored trees out as tensors, in time linear in steps and pairs.
 
     A tree is one prompt's group, even where two trees of a batch ask the same question. Steps that were pruned, and
     trajectories that the world broke, are absent; a tree with no trained trajectory contributes nothing.
     """
-    rows = _Rows()
-    branch_ids: dict[tuple[int, int], int] = {}
-    state_ids: dict[tuple[int, ...], int] = {}
-    for prompt, tree in enumerate(scored):
-        _add_tree(rows, prompt, tree, branch_ids, state_ids)
-    pair_node_P, pair_leaf_P = _ids(rows.pair_node), _ids(rows.pair_leaf)
-    leaf_node_L, prompt_N, branch_N, depth_N = (_ids(x) for x in (rows.leaf_node, rows.prompt, rows.branch, rows.depth))
-    nodes = list(zip(rows.prompt, rows.row, strict=True))
-    leaves = [nodes[node] for node in rows.leaf_node]
-    step_signals, step_failed = _signals([tree.step_signals for tree in scored], nodes)
-    leaf_signals, _ = _signals([tree.leaf_signals for tree in scored], leaves)
+    trees = [each.tree for each in scored]
+    first_row_of = _first_rows(trees)
+    nodes = [node for tree in trees for node in tree.nodes]
+    parents = [
+        -1 if node.parent == ROOT else first + node.parent
+        for first, tree in zip(first_row_of, trees, strict=True)
+        for node in tree.nodes
+    ]
+    leaves = [first + row for first, tree in zip(first_row_of, trees, strict=True) for row in tree.trained_leaves()]
+    pairs = _pairs(_ids(parents), _ids(leaves))
+
+    # A: all nodes of all trees. The rest is about those on trained paths alone.
+    trained_A = torch.zeros(len(nodes), dtype=torch.bool)
+    trained_A[pairs.node_A] = True
+    place_A = trained_A.cumsum(0) - 1
+    rows_N = trained_A.nonzero().flatten()
+    rows = rows_N.tolist()
+    assert all(nodes[row].kept for row in rows), "every step before a kept leaf is kept"
+    prompt_A = torch.arange(len(trees)).repeat_interleave(_ids(len(tree.nodes) for tree in trees))
+    prompt_N = prompt_A[rows_N]
+    row_N = rows_N - _ids(first_row_of)[prompt_N]
+    parent_A = _ids(parents)[rows_N]
+    pair_node_P, leaf_node_L = place_A[pairs.node_A], place_A[_ids(leaves)]
+    depth_N = torch.zeros_like(rows_N)
+    depth_N[pair_node_P] = pairs.depth
+    branch = _ids(nodes[row].branch for row in rows)
+    branch_N = _renumbered(prompt_N * (int(branch.max()) + 1) + branch) if rows else branch
+
+    places = list(zip(prompt_N.tolist(), row_N.tolist(), strict=True))
+    step_signals, step_failed = _signals([tree.step_signals for tree in scored], places)
+    leaf_signals, _ = _signals([tree.leaf_signals for tree in scored], [places[node] for node in leaf_node_L.tolist()])
     prompts = [(prompt, ROOT) for prompt in range(len(scored))]
     prompt_signals, _ = _signals([tree.step_signals for tree in scored], prompts)
     return Forest(
-        parent_N=_ids(rows.parent),
+        parent_N=torch.where(parent_A >= 0, place_A[parent_A], -1) if rows else parent_A,
         prompt_N=prompt_N,
-        row_N=_ids(rows.row),
+        row_N=row_N,
         branch_N=branch_N,
         depth_N=depth_N,
-        state_N=_ids(rows.state),
-        num_leaves_N=pair_node_P.bincount(minlength=len(nodes)),
-        num_actions_N=_ids(rows.num_actions),
+        state_N=_states(nodes, parent_A.tolist(), prompt_N.tolist()),
+        num_leaves_N=pair_node_P.bincount(minlength=len(rows)),
+        num_actions_N=_ids(len(nodes[row].action_ids) for row in rows),
         leaf_node_L=leaf_node_L,
         prompt_L=prompt_N[leaf_node_L],
         branch_L=branch_N[leaf_node_L],
         length_L=depth_N[leaf_node_L],
         pair_node_P=pair_node_P,
-        pair_leaf_P=pair_leaf_P,
+        pair_leaf_P=pairs.leaf,
         step_signals=step_signals,
         step_failed=step_failed,
         leaf_signals=leaf_signals,
@@ -121,39 +127,49 @@ def forest_of(scored: list[ScoredTree]) -> Forest:
     )
 
 
-def _add_tree(
-    rows: _Rows,
-    prompt: int,
-    scored: ScoredTree,
-    branch_ids: dict[tuple[int, int], int],
-    state_ids: dict[tuple[int, ...], int],
-) -> None:
-    tree = scored.tree
-    paths = [tree.path(leaf) for leaf in tree.trained_leaves()]
-    depth_of = {row: depth for path in paths for depth, row in enumerate(path, start=1)}
-    assert all(tree.nodes[row].kept for row in depth_of), "every step before a kept leaf is kept"
-    place = {ROOT: -1}
-    for row in sorted(depth_of):
-        node = tree.nodes[row]
-        place[row] = len(rows.parent)
-        rows.parent.append(place[node.parent])
-        rows.prompt.append(prompt)
-        rows.row.append(row)
-        rows.branch.append(branch_ids.setdefault((prompt, node.branch), len(branch_ids)))
-        rows.state.append(state_ids.setdefault((prompt, *_state(tree, node.parent)), len(state_ids)))
-        rows.depth.append(depth_of[row])
-        rows.num_actions.append(len(node.action_ids))
-    for path in paths:
-        rows.pair_node.extend(place[row] for row in path)
-        rows.pair_leaf.extend(len(rows.leaf_node) for _ in path)
-        rows.leaf_node.append(place[path[-1]])
+def _first_rows(trees: list[Tree]) -> list[int]:
+    """Where each tree starts among the nodes of all."""
+    return list(accumulate((len(tree.nodes) for tree in trees[:-1]), initial=0)) if trees else []
 
 
-def _state(tree: Tree, parent: int) -> tuple[int, ...]:
-    """What tells the state behind `parent` from others of the tree: its observation, or, without one, itself."""
-    if parent == ROOT or not tree.nodes[parent].observation_ids:
-        return (-1, parent)  # no token has a negative id
-    return tuple(tree.nodes[parent].observation_ids)
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Every step of every trajectory, sorted by trajectory, then depth; int64 [P] each."""
+
+    node_A: Tensor
+    leaf: Tensor
+    depth: Tensor
+
+
+def _pairs(parent_A: Tensor, leaf_node_L: Tensor) -> _Pairs:
+    """Climb from all leaves at once, one level at a time."""
+    node, leaf = leaf_node_L, torch.arange(len(leaf_node_L))
+    levels = [(node, leaf)]
+    while len(node):
+        above = parent_A[node]
+        node, leaf = above[above >= 0], leaf[above >= 0]
+        levels.append((node, leaf))
+    node, leaf = (torch.cat(parts) for parts in zip(*reversed(levels), strict=True))
+    order = leaf.argsort(stable=True)
+    node, leaf = node[order], leaf[order]
+    lengths_L = leaf.bincount(minlength=len(leaf_node_L))
+    first_L = lengths_L.cumsum(0) - lengths_L
+    return _Pairs(node, leaf, torch.arange(len(leaf)) - first_L[leaf] + 1)
+
+
+def _states(nodes: list[Node], parents: list[int], prompts: list[int]) -> Tensor:
+    """`Forest.state_N`: of nodes that follow `parents`, rows of `nodes`, -1 where they follow the prompt."""
+    ids: dict[tuple[int, ...], int] = {}
+    id_of: dict[int, int] = {}
+    states = []
+    for parent, prompt in zip(parents, prompts, strict=True):
+        fork = parent if parent >= 0 else -1 - prompt
+        if fork not in id_of:
+            said = nodes[parent].observation_ids if parent >= 0 else []
+            # Without an observation the state is the fork itself; no token has a negative id.
+            id_of[fork] = ids.setdefault((prompt, *said) if said else (-1, fork), len(ids))
+        states.append(id_of[fork])
+    return _ids(states)
 
 
 def _signals(per_tree: list[Signals], items: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -161,16 +177,18 @@ def _signals(per_tree: list[Signals], items: list[tuple[int, int]]) -> tuple[dic
     values: dict[str, Tensor] = {}
     failed: dict[str, Tensor] = {}
     for name in sorted({name for signals in per_tree for name in signals}):
-        scores = [per_tree[tree].get(name, {}).get(row) for tree, row in items]
-        values[name] = _per_item(
-            scores, lambda score: score.value if score.is_scored else math.nan, math.nan, torch.float64
+        tables = [signals.get(name, {}) for signals in per_tree]
+        scores = [tables[tree].get(row, _UNASKED) for tree, row in items]
+        values[name] = torch.tensor(
+            [score.value if score.status is ScoreStatus.scored else math.nan for score in scores], dtype=torch.float64
         )
-        failed[name] = _per_item(scores, lambda score: score.status in _BROKEN, False, torch.bool)
+        failed[name] = torch.tensor([score.status in _BROKEN for score in scores], dtype=torch.bool)
     return values, failed
 
 
-def _per_item(scores: list[Score | None], read: Callable[[Score], float], missing: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([missing if score is None else read(score) for score in scores], dtype=dtype)
+def _renumbered(group_X: Tensor) -> Tensor:
+    """The same groups with ids from 0 without gaps."""
+    return group_X.unique(return_inverse=True)[1]
 
 
 def _ids(values: Iterable[int]) -> Tensor:

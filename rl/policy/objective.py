@@ -32,6 +32,10 @@ RATIO_MEAN = "loss/mismatch_ratio_mean"
 RATIO_SQUARE_MEAN = "loss/mismatch_ratio_square_mean"
 VALUE_MOMENTS = tuple(f"loss/value_{name}_mean" for name in ("target", "target_square", "error", "error_square"))
 """Means that add up over packs, unlike the shares that `finished` makes of them."""
+DEPTH_WEIGHT, DEPTH_CLIPPED = "loss/weight_depth_", "loss/clip_share_depth_"
+"""With a step's depth behind: parts of all weight, of which `finished` makes the share."""
+DEEPEST = 16
+"""Deeper steps are counted with those of this depth, for a run of a hundred turns must not log a hundred curves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +104,22 @@ def objective(
 
 
 def finished(parts: dict[str, float]) -> dict[str, float]:
-    """Metrics from the parts of whole mini-batches: moments become the shares they stand for, the rest stays.
+    """Metrics from the parts of whole mini-batches: moments and sums become the shares they stand for, the rest stays.
 
     loss/mismatch_effective_share is the effective sample size of the engine's tokens as samples of the learner;
     loss/value_explained_share is 1 - variance(target - value) / variance(target) with the values before the updates,
-    left out where all targets are equal.
+    left out where all targets are equal; loss/clip_share_depth_<step> is left out where no step of that depth trains.
     """
+    unfinished = (RATIO_MEAN, RATIO_SQUARE_MEAN, *VALUE_MOMENTS)
     metrics = {
-        name: part for name, part in parts.items() if name not in (RATIO_MEAN, RATIO_SQUARE_MEAN, *VALUE_MOMENTS)
+        name: part
+        for name, part in parts.items()
+        if name not in unfinished and not name.startswith((DEPTH_WEIGHT, DEPTH_CLIPPED))
     }
+    for name, weight in parts.items():
+        if name.startswith(DEPTH_WEIGHT) and weight:
+            share = name.replace(DEPTH_WEIGHT, DEPTH_CLIPPED)
+            metrics[share] = parts[share] / weight
     if parts.get(RATIO_SQUARE_MEAN):  # 0 when no token could have come from the learner
         metrics["loss/mismatch_effective_share"] = effective_share(parts[RATIO_MEAN], parts[RATIO_SQUARE_MEAN])
     if VALUE_MOMENTS[0] in parts:
@@ -208,7 +219,7 @@ def _measure_movement(
     log_ratio_E = log_ratio(logprob_E, batch.old_logprob_E)
     found.add_mean("loss/approx_kl_nats", k3(log_ratio_E), batch.w0_E)
     found.maxima["loss/ratio_max"] = log_ratio_E.max().exp()
-    w_pos, w_neg, weight, dual_clip = corrected.w_pos_E, corrected.w_neg_E, batch.w0_E, 0.0
+    w_pos, w_neg, weight, depth, dual_clip = corrected.w_pos_E, corrected.w_neg_E, batch.w0_E, batch.depth_E, 0.0
     match cfg.kind:
         case LossKind.ppo_clip:
             dual_clip = cfg.dual_clip
@@ -219,12 +230,23 @@ def _measure_movement(
             log_ratio_E = _sequence_log_ratio(logprob_E, batch, paths)
             w_pos = corrected_paths.weight_M * paths.advantage_M.clamp(min=0)
             w_neg = corrected_paths.weight_M * paths.advantage_M.clamp(max=0)
-            weight = paths.weight_M
+            weight, depth = paths.weight_M, batch.depth_E[paths.edge_M]
         case _:  # no clip of ours
             return
     below, above = clipped(log_ratio_E, w_pos, w_neg, cfg.clip_low, cfg.clip_high, dual_clip)
     found.add_mean("loss/clip_share", (below | above).to(weight.dtype), weight)
     found.add_mean("loss/clip_low_share", below.to(weight.dtype), weight)
+    _measure_depths((below | above).to(weight.dtype), weight, depth.clamp(max=DEEPEST), found)
+
+
+def _measure_depths(clipped_X: Tensor, weight_X: Tensor, depth_X: Tensor, found: _Found) -> None:
+    """What the clip does to early and to late steps."""
+    zeros_D = weight_X.new_zeros(DEEPEST + 1)
+    whole_D = zeros_D.index_add(0, depth_X, weight_X) / found.totals.weight
+    clipped_D = zeros_D.index_add(0, depth_X, weight_X * clipped_X) / found.totals.weight
+    for depth in range(1, DEEPEST + 1):
+        found.parts[f"{DEPTH_WEIGHT}{depth}"] = whole_D[depth]
+        found.parts[f"{DEPTH_CLIPPED}{depth}"] = clipped_D[depth]
 
 
 def _measure_gap(logprob_E: Tensor, batch: PackedBatch, found: _Found) -> None:

@@ -140,6 +140,8 @@ class PackedBatch:
     """int64 [E], index of the trained token itself."""
     edge_target_E: Tensor
     """int64 [E], id of the trained token."""
+    depth_E: Tensor
+    """int64 [E], number of the token's step on its path, 1 for a first step."""
     engine_logprob_E: Tensor
     """float64 [E], log-probability that the engine gave the token when it sampled it, in nats."""
     old_logprob_E: Tensor
@@ -379,6 +381,7 @@ class _Layout:
     end: list[int] = field(default_factory=list)
     edge_row: list[int] = field(default_factory=list)
     edge_token: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
     engine_logprob: list[float] = field(default_factory=list)
     w_pos: list[float] = field(default_factory=list)
     w_neg: list[float] = field(default_factory=list)
@@ -442,6 +445,7 @@ class _Layout:
         num_actions = len(node.action_ids)
         self.edge_row += [previous, *range(start, start + num_actions - 1)]
         self.edge_token += range(start, start + num_actions)
+        self.depth += [credit.tree.depth(row)] * num_actions
         self.engine_logprob += node.action_logprobs
         self.w0 += [credit.w0[row]] * num_actions
         if credit.tokens is None:
@@ -492,6 +496,7 @@ class _Layout:
             edge_row_E=_ids(self.edge_row),
             edge_token_E=edge_token_E,
             edge_target_E=input_ids_T[edge_token_E],
+            depth_E=_ids(self.depth),
             engine_logprob_E=engine_logprob_E,
             old_logprob_E=engine_logprob_E,
             w_pos_E=_floats(self.w_pos),

@@ -4,6 +4,7 @@ The pack is cut into chunks of neighbouring tokens. All that a chunk's tokens se
 in the chunk, so a chunk is one attention call over [that path | chunk] under a small mask. At best a chunk is one
 segment (a run without a fork), which wastes nothing but the triangle above its diagonal. But agents make hundreds of
 segments of a few tokens, and siblings share their path, so neighbours are joined wherever one larger call is cheaper.
+Neighbours of one shape under one mask, such as the answers to one prompt, go into one call side by side.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KEY_PAIRS = 16
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One call: queries [start, stop) and the ranges of tokens that are its keys, the chunk itself last."""
+    """Queries [start, stop) and the ranges of tokens that are their keys, the chunk itself last."""
 
     start: int
     stop: int
@@ -40,8 +41,25 @@ class Chunk:
     """bool [Q, K]; None where the chunk begins a tree and never forks, which is plain causal order."""
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Neighbouring chunks with as many queries, as many keys and the same mask, as one batch of attention."""
+
+    chunks: list[Chunk]
+
+    @property
+    def num_queries(self) -> int:
+        """Of all its chunks."""
+        return self.chunks[-1].stop - self.chunks[0].start
+
+    @property
+    def sees_itself_alone(self) -> bool:
+        """Whether its chunks have no other keys than their own."""
+        return all(len(chunk.key_ranges) == 1 for chunk in self.chunks)
+
+
 class SegmentPlan:
-    """The chunks of one pack, for each window that a layer asks for.
+    """The calls of one pack, for each window that a layer asks for.
 
     Args:
         end_T: int64 [T], see `rl.policy.mask`; the masks are on its device.
@@ -49,7 +67,7 @@ class SegmentPlan:
 
     def __init__(self, end_T: Tensor) -> None:
         self.end_T = end_T
-        self._chunks: dict[int | None, list[Chunk]] = {}
+        self._calls: dict[int | None, list[Call]] = {}
 
     def attend(
         self,
@@ -63,19 +81,42 @@ class SegmentPlan:
         layer: int,
     ) -> Tensor:
         """See `rl.policy.layouts.attention.AttentionPlan`."""
-        chunks = self.chunks(window)
-        ranges = [chunk.key_ranges for chunk in chunks]
-        keys, values = _Gathered.apply(key, ranges), _Gathered.apply(value, ranges)
-        queries = query.split([chunk.stop - chunk.start for chunk in chunks], dim=2)
-        calls = zip(queries, keys, values, [chunk.mask_QK for chunk in chunks], strict=True)
-        outputs = [masked_attention(*call, scaling=scaling, softcap=softcap) for call in calls]
-        return torch.cat(outputs, dim=1)
+        calls = self.calls(window)
+        if all(call.sees_itself_alone for call in calls):
+            keys, values = _split(key, calls), _split(value, calls)
+        else:
+            ranges = [[chunk.key_ranges for chunk in call.chunks] for call in calls]
+            keys, values = _Gathered.apply(key, ranges), _Gathered.apply(value, ranges)
+        outputs = []
+        for call, *heads in zip(calls, _split(query, calls), keys, values, strict=True):
+            output_CQHD = masked_attention(*heads, call.chunks[0].mask_QK, scaling=scaling, softcap=softcap)
+            outputs.append(output_CQHD.flatten(0, 1))
+        return torch.cat(outputs)[None]
 
-    def chunks(self, window: int | None) -> list[Chunk]:
+    def calls(self, window: int | None) -> list[Call]:
         """The calls that a layer makes, in the order of the pack."""
-        if window not in self._chunks:
-            self._chunks[window] = plan_chunks(self.end_T, window)
-        return self._chunks[window]
+        if window not in self._calls:
+            self._calls[window] = plan_calls(plan_chunks(self.end_T, window))
+        return self._calls[window]
+
+
+def plan_calls(chunks: list[Chunk]) -> list[Call]:
+    """Put neighbours that are alike into one call."""
+    calls: list[Call] = []
+    for chunk in chunks:
+        if calls and _alike(calls[-1].chunks[-1], chunk):
+            calls[-1].chunks.append(chunk)
+        else:
+            calls.append(Call([chunk]))
+    return calls
+
+
+def _alike(one: Chunk, other: Chunk) -> bool:
+    if one.stop - one.start != other.stop - other.start:
+        return False
+    if one.mask_QK is None or other.mask_QK is None:
+        return one.mask_QK is other.mask_QK
+    return torch.equal(one.mask_QK, other.mask_QK)
 
 
 def plan_chunks(end_T: Tensor, window: int | None = None) -> list[Chunk]:
@@ -166,24 +207,41 @@ def _chunk(piece: _Piece, num_above: int, end_T: Tensor, depth_T: Tensor, window
     return Chunk(piece.start, piece.stop, key_ranges, mask_QK)
 
 
+def _split(heads: Tensor, calls: list[Call]) -> list[Tensor]:
+    """Of each call, its chunks' own tokens as [C, heads, Q, head_dim]; views."""
+    parts = heads[0].split([call.num_queries for call in calls], dim=1)
+    return [part.unflatten(1, (len(call.chunks), -1)).transpose(0, 1) for call, part in zip(calls, parts, strict=True)]
+
+
 class _Gathered(torch.autograd.Function):
-    """Keys (or values) of every chunk. Backward adds range by range: torch's own would fill a whole pack with zeros for
-    each range, or add row by row; and in float32, since a token of the prompt sums over all branches."""
+    """Keys (or values) [C, heads, K, head_dim] of every call. Backward adds range by range: torch's own would fill a
+    whole pack with zeros for each range, or add row by row; and in float32, since a token of the prompt sums over all
+    branches."""
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, ranges: list[list[tuple[int, int]]]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, heads: Tensor, ranges: list[list[list[tuple[int, int]]]]) -> tuple[Tensor, ...]:
         ctx.ranges = ranges
         ctx.shape, ctx.dtype = heads.shape, heads.dtype
-        return tuple(torch.cat([heads[:, :, start:stop] for start, stop in parts], dim=2) for parts in ranges)
+        return tuple(_gathered(heads, chunks) for chunks in ranges)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(ctx.dtype, torch.float32)
         total = torch.zeros(ctx.shape, dtype=wide, device=grads[0].device)
-        for grad, parts in zip(grads, ctx.ranges, strict=True):
-            offset = 0
-            for start, stop in parts:
-                total[:, :, start:stop] += grad[:, :, offset : offset + stop - start]
-                offset += stop - start
+        for grad_CHKD, chunks in zip(grads, ctx.ranges, strict=True):
+            for grad_HKD, parts in zip(grad_CHKD, chunks, strict=True):
+                offset = 0
+                for start, stop in parts:
+                    total[0, :, start:stop] += grad_HKD[:, offset : offset + stop - start]
+                    offset += stop - start
         return total.to(ctx.dtype), None
+
+
+def _gathered(heads: Tensor, chunks: list[list[tuple[int, int]]]) -> Tensor:
+    """One call's keys: of each chunk, its ranges one behind the other."""
+    num_keys = sum(stop - start for start, stop in chunks[0])
+    gathered_CHKD = heads.new_empty(len(chunks), heads.shape[1], num_keys, heads.shape[3])
+    for gathered_HKD, parts in zip(gathered_CHKD, chunks, strict=True):
+        torch.cat([heads[0, :, start:stop] for start, stop in parts], dim=1, out=gathered_HKD)
+    return gathered_CHKD

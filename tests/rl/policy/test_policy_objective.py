@@ -75,11 +75,11 @@ def test_packs_change_neither_loss_nor_gradient_and_metrics_by_no_more_than_a_sp
     for grad, wanted in zip(gradients(parts.loss, table), gradients(whole.loss, table), strict=True):
         assert_close(grad, wanted)
     # a token whose trajectories lie in several packs is clipped in those where an advantage of that sign is
-    clips = {"loss/clip_share", "loss/clip_low_share"}
+    clips = {name for name in whole.parts if name.startswith(("loss/clip_share", "loss/clip_low_share"))}
     assert {name: parts.parts[name] for name in parts.parts.keys() - clips} == pytest.approx(
         {name: whole.parts[name] for name in whole.parts.keys() - clips}, abs=1e-9
     )
-    for name in clips & whole.parts.keys():
+    for name in clips:
         assert parts.parts[name] <= whole.parts[name] + 1e-9
     assert parts.maxima == pytest.approx(whole.maxima)
 
@@ -142,6 +142,7 @@ def test_every_part_is_declared_once_finished():
         *("correction_cut_share", "logprob_gap_nats"),
         *("mismatch_kl_nats", "mismatch_effective_share", "mismatch_ratio_max"),
         *("value", "value_clip_share", "value_explained_share"),
+        *("clip_share_depth_1", "clip_share_depth_2"),
     }
 
 
@@ -157,6 +158,8 @@ def test_statistics_by_hand():
     # Clipped: praise at ratio 2 (weight 1) and blame at 1/2 (weight 2); praise at 1/2 is not.
     assert found.parts["loss/clip_share"] == pytest.approx(3 / 8)
     assert found.parts["loss/clip_low_share"] == pytest.approx(2 / 8)
+    by_depth = [finished(found.parts)[f"loss/clip_share_depth_{depth}"] for depth in (1, 2, 3, 4)]
+    assert by_depth == pytest.approx([1, 0, 1, 0])
     assert found.parts["loss/entropy_nats"] == pytest.approx(6 / 8)
     assert found.maxima["loss/ratio_max"] == pytest.approx(2.0)
     # r - 1 - log r: 1 - log 2 once; -1/2 + log 2 three times; 0
@@ -177,6 +180,18 @@ def test_cispo_counts_every_cut_ratio_and_reinforce_none():
         "loss/clip_share"
         not in objective_of([credits], table, LossConfig(kind=LossKind.reinforce), totals_of(credits)).parts
     )
+
+
+def test_steps_below_the_deepest_measured_are_counted_with_it():
+    # A chain of 17 one-token steps; the ratio of the last is 2, so of depths 16 and 17 together half is clipped.
+    steps = grown([ROOT, *range(16)], [(1, 0)] * 17, random.Random(0))
+    forest = [PairedTree(steps, {(row, 16): (1, 1) for row in range(17)})]
+    table = numbers([steps])
+    table.logprob = table.old + torch.tensor([1] * 16 + [2], dtype=torch.float64).log()
+    credits = credits_of(forest)
+    metrics = finished(objective_of([credits], table, LossConfig(), totals_of(credits)).parts)
+    assert metrics["loss/clip_share_depth_16"] == pytest.approx(1 / 2)
+    assert "loss/clip_share_depth_17" not in metrics and "loss/weight_depth_16" not in metrics
 
 
 def test_gspo_clips_whole_trajectories():

@@ -8,7 +8,7 @@ from policy_trees import PairedTree, forests
 from torch import Tensor
 
 from rl.policy.layouts import segments
-from rl.policy.layouts.segments import Chunk, SegmentPlan, plan_chunks
+from rl.policy.layouts.segments import Chunk, SegmentPlan, plan_calls, plan_chunks
 from rl.policy.mask import ancestor_mask
 from rl.policy.pack import pack
 
@@ -105,10 +105,29 @@ def test_the_chunks_masks_are_the_whole_mask(
     assert torch.equal(seen_TT, ancestor_mask(end_T, window))
 
 
+@pytest.mark.usefixtures("calls_are_free")
+def test_neighbours_of_one_shape_and_mask_share_a_call():
+    def sizes(end_T: Tensor) -> list[int]:
+        return [len(call.chunks) for call in SegmentPlan(end_T).calls(None)]
+
+    assert sizes(END_T) == [1, 2, 1]  # the prompt, the two branches of 5, the branch of 9
+    assert sizes(torch.tensor([4] * 4 + [8] * 4 + [12] * 4)) == [3]  # three chains alike
+    assert sizes(torch.tensor([6, 6, 4, 4, 6, 6])) == [1, 2]
+
+
+def test_chunks_under_different_masks_stay_apart():
+    everything = torch.ones(2, 2, dtype=torch.bool)
+    first, alike, other = (
+        Chunk(start, start + 2, [(start, start + 2)], mask)
+        for start, mask in ((0, everything), (2, everything.clone()), (4, everything.tril()))
+    )
+    assert [call.chunks for call in plan_calls([first, alike, other])] == [[first, alike], [other]]
+
+
 def test_a_plan_is_made_once_for_each_window():
     plan = SegmentPlan(END_T)
-    assert plan.chunks(4) is plan.chunks(4)
-    assert plan.chunks(None) is not plan.chunks(4)
+    assert plan.calls(4) is plan.calls(4)
+    assert plan.calls(None) is not plan.calls(4)
 
 
 def test_gradients_of_a_shared_token_add_up_in_float32():
