@@ -5,7 +5,8 @@
 Trees of 64 steps of two shapes: wide ones that fork at every depth, and chains. Scores are random, of an outcome and of
 steps.
 
-- `forest_s`: laying the scored trees out as tensors (`forest_of`); `assign_s`: the method's arithmetic; `total_s`: both.
+- `forest_s`: laying the scored trees out as tensors (`forest_of`); `assign_s`: the method's arithmetic; `total_s`:
+  their sum.
 - `linear`: seconds per node over those of a quarter of the trees; 1 is linear growth.
 - `loop_s`: outcome advantages as other trainers publish them, grouped by a dictionary of prompts and normalised group
   by group, over trajectories that are tensors already; `ratio`: that over `assign_s` of grpo on the same trees.

@@ -1,6 +1,7 @@
 """Training on packed trees against training on each trajectory apart: speed, memory, and how close to the ideal.
 
-    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--repeats 7] [--threads 2]
+    python -m benchmarks.learner [--quick] [--sizes 4M 52M] [--shapes tool grpo comb chains]
+                                [--repeats 7] [--threads 2]
 
 All sides compute the same gradient (compared before anything is timed): forward, log-probs of the trained tokens, PPO
 loss, backward; the optimiser's step is the same for all and left out. None computes more than PACK_TOKENS tokens at
@@ -46,6 +47,7 @@ from benchmarks.sides import Side, gradient_gap, packed, padded, varlen
 from benchmarks.tables import Row, report
 from conf.schema import Layout, LearnerConfig
 from rl.policy.logprobs import Head, edge_logprobs
+from rl.policy.memory import keep_freed_memory
 from rl.policy.model import HEAD_CHUNK_LOGITS
 from rl.policy.pack import pack
 
@@ -62,8 +64,8 @@ SIDES: dict[str, Side] = {
     "varlen": varlen,
     "depth first": packed(Layout.depth_first),
 }
-REPEATS = {TINY: 1, SMALL: 7, MEDIUM: 2}
-"""Timed repetitions of each side; one takes minutes with the larger model, so that noise averages out within it."""
+REPEATS = {TINY: 1, SMALL: 7, MEDIUM: 3}
+"""Timed repetitions of each side, after one that is not."""
 SHAPES = [TOOL, GRPO, COMB, CHAINS]
 HEAD = (2048, 151_936, 256)
 """Rows, vocabulary and width of the output layer."""
@@ -74,10 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and small trees: does it run?")
     parser.add_argument("--sizes", nargs="+", default=["4M", "52M"], help="parameters of the models")
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="forests")
     parser.add_argument(
         "--threads", type=int, default=LearnerConfig().num_threads, help="torch threads of each process"
     )
-    parser.add_argument("--repeats", type=int, help="timed repetitions (default: 7 with 4M parameters, 2 with 52M)")
+    parser.add_argument("--repeats", type=int, help="timed repetitions (default: 7 with 4M parameters, 3 with 52M)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     threads, prefix = options.threads, "quick_" if options.quick else ""
@@ -85,13 +88,19 @@ def main(arguments: list[str] | None = None) -> None:
         sizes, shapes, head = [TINY], [shape.resized(256) for shape in SHAPES], (64, 2048, 32)
     else:
         sizes, shapes, head = [size for size in (SMALL, MEDIUM) if size.name in options.sizes], SHAPES, HEAD
+    shapes = [shape for shape in shapes if shape.name in options.shapes]
     for shape in shapes:
         require_same_gradients(sizes[0], shape)
     where = f"{threads} threads, at most {PACK_TOKENS} tokens at once"
     repeats = {size: options.repeats or REPEATS[size] for size in sizes}
     rows = [against_trajectories(size, shape, repeats[size], threads) for size in sizes for shape in shapes]
     report(f"{prefix}learner", f"packed trees against trajectories apart, {where}", rows, own_memory=False)
-    rows = [row for shape in shapes[:3] for row in memory_rows(sizes[0], shape, repeats[sizes[0]], threads)]
+    rows = [
+        row
+        for shape in shapes
+        if shape.name != CHAINS.name
+        for row in memory_rows(sizes[0], shape, repeats[sizes[0]], threads)
+    ]
     report(f"{prefix}learner_memory", f"time for memory, {sizes[0].name} parameters, {where}", rows, own_memory=False)
     title = f"output layer, forward and backward, float32, {threads} threads"
     report(f"{prefix}learner_head", title, head_rows(*head, threads), own_memory=False)
@@ -144,13 +153,16 @@ def head_rows(num_rows: int, vocabulary: int, width: int, num_threads: int) -> l
 
 
 def measured(makers: list[partial[Step]], repeats: int, num_threads: int) -> list[Measured]:
-    """Fastest seconds and first peak of each; they take turns, so that all meet the same machine."""
+    """First peak of each, and its fastest seconds after that; they take turns, so that all meet the same machine.
+
+    A process takes gigabytes from the system in its first step, which is slow and which no second step of a run does.
+    """
     with ExitStack() as stack:
         sides = [stack.enter_context(Apart(make, num_threads, preload=PRELOAD)) for make in makers]
-        rounds = [[side.step() for side in sides] for _ in range(repeats)]
+        first, *rounds = [[side.step() for side in sides] for _ in range(1 + repeats)]
     return [
-        Measured(seconds=min(each.seconds for each in mine), peak_mib=mine[0].peak_mib)
-        for mine in zip(*rounds, strict=True)
+        Measured(seconds=min(each.seconds for each in mine), peak_mib=peak.peak_mib)
+        for peak, *mine in zip(first, *rounds, strict=True)
     ]
 
 
@@ -170,7 +182,8 @@ def require_same_gradients(size: Size, shape: Shape) -> None:
 
 
 def gradient_step(size: Size, shape: Shape, side: str, *, checkpointing: bool = False) -> Step:
-    """One gradient of one side; the gradients' own memory is there before."""
+    """One gradient of one side, in a process set up as a learner's; the gradients' own memory is there before."""
+    keep_freed_memory()
     policy = random_policy(size, CPU, checkpointing=checkpointing)
     SIDES[side](policy, random_forest(shape.resized(WARM_UP_TOKENS), size.vocabulary), PACK_TOKENS)
     forest = random_forest(shape, size.vocabulary)

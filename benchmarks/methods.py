@@ -30,9 +30,8 @@ GOALS = {"hop_search": 0.85, "hop_search_grpo": 0.85}
 """Success whose token cost is reported; 0.5 on the long task."""
 
 
-def run(experiment: str, seed: int, overrides: list[str]) -> Path:
-    """Folder of one finished run, training it first when it is not there yet."""
-    folder = OUT / "methods" / f"{experiment}-seed{seed}"
+def train_once(folder: Path, experiment: str, seed: int, overrides: list[str]) -> Path:
+    """The folder of one finished run, training it first, or on, where it is not finished yet."""
     if not (folder / "summary.json").exists():
         resume = folder.exists()
         command = [sys.executable, "-m", "rl.cli", "train", f"experiment={experiment}", f"seed={seed}"]
@@ -93,7 +92,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for every run")
     options = parser.parse_args()
     folders = {
-        experiment: [run(experiment, seed, options.overrides) for seed in options.seeds]
+        experiment: [
+            train_once(OUT / "methods" / f"{experiment}-seed{seed}", experiment, seed, options.overrides)
+            for seed in options.seeds
+        ]
         for experiment in options.experiments
     }
     rows = [row(name, runs) for name, runs in folders.items()]

@@ -21,6 +21,7 @@ from conf.schema import (
     Correction,
     CreditConfig,
     CriticKind,
+    Degenerate,
     ExpanderKind,
     GaeLevel,
     Level,
@@ -30,7 +31,7 @@ from conf.schema import (
     Read,
     Return,
     Scope,
-    Singleton,
+    SignalUse,
     SourceConfig,
     TermConfig,
 )
@@ -68,6 +69,7 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         no_secrets_in_args,
         success_is_measured,
         terms_are_complete,
+        functions_can_be_loaded,
         terms_can_work,
         term_signals_are_fed,
         both_sides_are_combined,
@@ -231,6 +233,27 @@ def terms_are_complete(cfg: Config) -> list[Problem]:
     ]
 
 
+def functions_can_be_loaded(cfg: Config) -> list[Problem]:
+    """A term's function and the loss's exist, importing them works, and they take what they are called with."""
+    found = []
+    named = [(f"credit.terms.{name}", term.fn, term.args) for name, term in cfg.credit.terms.items() if term.fn]
+    for key, fn, args in named:
+        try:
+            plugin = load_object(fn, key=f"{key}.fn")
+            inspect.signature(plugin).bind("forest", **args)
+        except ConfigError as error:
+            found.append(Problem(str(error)))
+        except (TypeError, ValueError) as error:
+            given = ", ".join(["a forest", *args])
+            found.append(Problem(f'{key}.fn="{fn}" cannot be called with {given}: {error}. See docs/new_method.md.'))
+    if cfg.loss.fn and cfg.loss.kind is LossKind.custom:
+        try:
+            load_object(cfg.loss.fn, key="loss.fn")
+        except ConfigError as error:
+            found.append(Problem(str(error)))
+    return found
+
+
 def terms_can_work(cfg: Config) -> list[Problem]:
     """The parts of a term fit together."""
     return [Problem(text) for text in term_faults(cfg.credit)]
@@ -266,6 +289,7 @@ def _faults_of(term: TermConfig) -> list[tuple[bool, str]]:
     baseline = term.scope in (Scope.parent_value, Scope.root_value, Scope.critic)
     scopes = ", ".join(scope.value for scope in GROUPS_OF_TRAJECTORIES)
     return [
+        *_faults_of_function(term),
         (
             is_step and term.returns in BROADCASTS,
             f".returns={term.returns.value} gives a trajectory one value for all its steps, but level=step. Use "
@@ -345,6 +369,34 @@ def _faults_of(term: TermConfig) -> list[tuple[bool, str]]:
             f".token_weighted=true weighs the mean of a group, which scope={term.scope.value} with "
             f"normalizer={term.normalizer.value} does not take. Use token_weighted=false.",
         ),
+    ]
+
+
+def _faults_of_function(term: TermConfig) -> list[tuple[bool, str]]:
+    """The same, of a term with a function of the user's or with arguments for one."""
+    unread = [
+        setting
+        for setting, is_so in (
+            (f"combine={term.combine.value}", term.combine is not Combine.sum),
+            (f"returns={term.returns.value}", term.returns is not Return.immediate),
+            (f"compare={term.compare.value}", term.compare is not Compare.returns),
+            (f"gamma={term.gamma}", term.gamma != 1),
+            ("a signal that is not read as it is", any(use != SignalUse() for use in term.signals.values())),
+        )
+        if is_so
+    ]
+    return [
+        (
+            bool(term.fn and unread),
+            f'.fn="{term.fn}" gives the values itself, so {" and ".join(unread)} would change nothing. Remove that, or '
+            f"do it in the function.",
+        ),
+        (
+            bool(term.fn) and term.scope in (Scope.parent_value, Scope.root_value, Scope.critic),
+            f'.scope={term.scope.value} needs a value of the state before, which fn="{term.fn}" does not give. '
+            f"Subtract it in the function, with scope=prompt and normalizer=none.",
+        ),
+        (bool(term.args and not term.fn), ".args are for fn, which is empty. Name a function, or remove them."),
     ]
 
 
@@ -465,7 +517,7 @@ def something_is_compared(cfg: Config) -> list[Problem]:
     single = rollout.expander is not ExpanderKind.random_expand and rollout.num_leaves == 1
     terms = [term for term in cfg.credit.terms.values() if term.weight != 0]
     alone = (Normalizer.none, Normalizer.max_return)
-    compared = all(term.normalizer not in alone and term.singleton is not Singleton.raw for term in terms)
+    compared = all(term.normalizer not in alone and term.singleton is not Degenerate.raw for term in terms)
     with_others = (Scope.batch, Scope.critic, Scope.root_value, Scope.parent_value)
     if any(term.scope in with_others or (term.level is Level.step and term.scope is Scope.prompt) for term in terms):
         return []

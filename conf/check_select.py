@@ -15,7 +15,7 @@ PROF = (Keep.prof, Keep.prof_correct, Keep.prof_ratio)
 
 def rules() -> list[Callable[[Config], list[Problem]]]:
     """Every rule of this module."""
-    return [band_lets_prompts_pass, something_is_kept, prof_has_step_scores, step_counts_have_room]
+    return [band_lets_prompts_pass, something_is_kept, prof_has_step_scores, step_counts_have_room, refills_can_happen]
 
 
 def band_lets_prompts_pass(cfg: Config) -> list[Problem]:
@@ -102,3 +102,20 @@ def step_counts_have_room(cfg: Config) -> list[Problem]:
             )
         )
     return found
+
+
+def refills_can_happen(cfg: Config) -> list[Problem]:
+    """More prompts are drawn where some were left out whole."""
+    select = cfg.select
+    if select.max_refills < 0:
+        return [Problem(f"select.max_refills={select.max_refills} must be 0 or more: it counts draws of prompts.")]
+    has_band = select.min_success_share > 0 or select.max_success_share < 1 or not select.ends_pass
+    if not select.max_refills or select.drop_silent_prompts or has_band or select.keep is not Keep.all:
+        return []
+    return [
+        Problem(
+            f"select.max_refills={select.max_refills} changes nothing: no prompt is ever left out whole. Use "
+            f"select.drop_silent_prompts=true (select=dapo), a band of success shares, or select.max_refills=0.",
+            fatal=False,
+        )
+    ]

@@ -165,7 +165,7 @@ class Normalizer(Enum):
     """The same as PRIME's released code has it, which counts the trajectory's own mean too."""
 
 
-class Singleton(Enum):
+class Degenerate(Enum):
     """What becomes of a value that nothing can be said of: alone in its scope, or the same as all others in it."""
 
     zero = "zero"
@@ -572,6 +572,11 @@ class TermConfig:
     """trajectory: one value per leaf, given to every step of its path; step: one value per step."""
     signals: dict[str, SignalUse] = field(default_factory=dict)
     """Signals the value is made of. In a step term trajectory signals are backed up from the leaves."""
+    fn: str = ""
+    """A function of yours that gives the values in place of combine, returns and backup, as "file.py:name" or
+    "package.module:name"; `signals` name what it reads. See docs/new_method.md."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of fn."""
     combine: Combine = Combine.sum
     returns: Return = Return.immediate
     backup: Backup = Backup.leaf_mean
@@ -588,9 +593,9 @@ class TermConfig:
     """Floor of the deviation, so that a tiny difference is not blown up to a unit advantage."""
     token_weighted: bool = False
     """In the mean and deviation of its scope a value counts once for each sampled token, not once."""
-    singleton: Singleton = Singleton.zero
+    singleton: Degenerate = Degenerate.zero
     """A value alone in its scope."""
-    zero_variance: Singleton = Singleton.zero
+    zero_variance: Degenerate = Degenerate.zero
     """Values that are all equal in their scope, or equal to what they are compared with."""
     weight: float = 1.0
 
@@ -650,6 +655,8 @@ class SelectConfig:
     """Taken from an agreement that lies in [-1, 1], so that 2 or more puts such trajectories last."""
     drop_silent_prompts: bool = False
     """Leave out prompts in which no step has an advantage (DAPO's dynamic sampling, on the blended advantage)."""
+    max_refills: int = 0
+    """How often a step draws as many more prompts as there are of which nothing is left to train."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("path", metavar="RUN", help="the run's folder")
     replay.add_argument("--steps", default="", metavar="FIRST[:LAST]", help="recorded steps (default: all)")
-    replay.add_argument("overrides", nargs="*", metavar="setting", help="of rewards, select or credit")
+    _add_settings(replay, "of rewards, select or credit")
     replay.set_defaults(run=_replay)
 
     config = commands.add_parser("config", help="show settings", epilog=CONFIG_EXAMPLES, **look)
@@ -158,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="setting", help="group=choice, key=value or ~key")
+def _add_settings(parser: argparse.ArgumentParser, what: str = "group=choice, key=value or ~key") -> None:
+    parser.add_argument("overrides", nargs="*", metavar="setting", help=what)
     parser.add_argument("--config-dir", default="", metavar="DIR", help="folder of your own groups and experiments")
 
 
@@ -212,7 +212,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     from rl.replay import replay_run
     from rl.replay_page import replay_table, write_replay
 
-    replay = replay_run(folder, arguments.overrides, arguments.steps, warn=_warn)
+    replay = replay_run(folder, arguments.overrides, arguments.steps, _warn, arguments.config_dir)
     print_rich(replay_table(replay))
     print(write_replay(replay))
     return 0

@@ -23,10 +23,11 @@ def train(cfg: Config) -> dict[str, Any]:
     with opened_run(cfg) as run:
         run.evaluate_if_due()
         while run.goes_on():
-            prompts = run.next_prompts()
-            trees = run.grow(prompts)
-            scored = run.score(trees)
+            scored = run.score(run.grow(run.next_prompts()))
             found = run.assign(scored)
+            while prompts := run.refill(found):
+                scored = run.score(run.grow(prompts))
+                found = run.assign(scored)
             with uninterrupted():  # half an update is no state to save
                 run.update(scored, found)
                 run.finish_step(scored, found)

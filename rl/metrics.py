@@ -79,7 +79,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("credit/<term>_abs_mean", "mean size of a term's contribution to the advantage", "trained steps"),
     Metric("credit/zero_advantage_share", "steps that teach nothing", "trained steps", Better.lower),
     Metric("select/<reason>_share", "trajectories left out for this reason", "trajectories that could be trained"),
-    Metric("select/missing_prompts", "prompts of which nothing is left to train", "this step", Better.lower),
+    Metric("select/missing_prompts", "prompts that the batch lacks, refilled or not", "this step", Better.lower),
+    Metric("select/refills", "times that more prompts were drawn because nothing was left of some", "this step"),
     Metric(
         "health/<signal>_agreement_share",
         "mean step score and outcome put two trajectories in the same order; 0.5 is chance",

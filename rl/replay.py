@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from conf import check_select
+from conf.check_credit import functions_can_be_loaded
 from conf.checks import term_numbers
 from conf.compose import compose, from_yaml, numbered, to_yaml
 from conf.errors import ConfigError, DataError
@@ -74,7 +75,11 @@ class Replay:
 
 
 def replay_run(
-    path: Path, overrides: list[str], steps: str = "", warn: Callable[[str], None] = logger.warning
+    path: Path,
+    overrides: list[str],
+    steps: str = "",
+    warn: Callable[[str], None] = logger.warning,
+    config_dir: str = "",
 ) -> Replay:
     """Select and give credit to a run's recorded trees once more, and compare with what the record says.
 
@@ -84,10 +89,11 @@ def replay_run(
             "credit.terms.fork.weight=0.3".
         steps: "12" for one step, "10:20" for a range with both its ends, "" for all that were recorded.
         warn: told what is odd about the configuration.
+        config_dir: a folder of the user's own groups, as `compose` has it.
     Raises: ConfigError when the record cannot answer the question; DataError when there is no record, or it is damaged.
     """
     files = _files(RunFolder(path), steps)
-    cfg = replayed_config(path, overrides, warn)
+    cfg = replayed_config(path, overrides, warn, config_dir)
     if list(files) != list(range(1, len(files) + 1)):
         _warn_of_running(cfg, min(files), warn)
     replay, history = Replay(path=path, changes=overrides, steps=[]), None
@@ -98,7 +104,9 @@ def replay_run(
     return replay
 
 
-def replayed_config(path: Path, overrides: list[str], warn: Callable[[str], None] = logger.warning) -> Config:
+def replayed_config(
+    path: Path, overrides: list[str], warn: Callable[[str], None] = logger.warning, config_dir: str = ""
+) -> Config:
     """A run's own settings with changes on top; a chosen group file takes the place of the whole section.
 
     Raises: ConfigError for a change of what was recorded, or one that needs more than was recorded.
@@ -111,11 +119,11 @@ def replayed_config(path: Path, overrides: list[str], warn: Callable[[str], None
         )
     _check_sections(overrides)
     own = from_yaml(file)
-    groups = group_choices()
+    groups = group_choices(config_dir)
     choices = [text for text in overrides if _is_choice(text, groups)]
     cfg = own
     if choices:
-        chosen = compose(choices)
+        chosen = compose(choices, config_dir)
         cfg = replace(own, **{section: getattr(chosen, section) for section in _sections(choices)})
     values = [text for text in overrides if text not in choices]
     if values:
@@ -311,7 +319,9 @@ def _check_sections(overrides: Sequence[str]) -> None:
 
 
 def _check_rules(cfg: Config, warn: Callable[[str], None]) -> None:
-    found = [problem for rule in (term_numbers, *check_select.rules()) for problem in rule(cfg)]
+    found = [
+        problem for rule in (term_numbers, functions_can_be_loaded, *check_select.rules()) for problem in rule(cfg)
+    ]
     for problem in found:
         if not problem.fatal:
             warn(problem.text)

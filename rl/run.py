@@ -49,6 +49,8 @@ class RunState:
 
     step: int = 0
     """Steps finished; also the version of the weights."""
+    drawn_prompts: int = 0
+    """Training prompts drawn so far: where the next step goes on in the data."""
     generated_tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
@@ -76,7 +78,7 @@ def opened_run(cfg: Config) -> Iterator[Run]:
         with progress.stage("model"):
             model_path = resolve_model(cfg, progress.warm_start)
         source = _prompt_source(cfg, model_path)
-        build_sources(cfg.rewards, source.batch(0, 1)[0].data.keys())  # now that the columns are known, by name
+        build_sources(cfg.rewards, source.draw(0, 1)[0].data.keys())  # now that the columns are known, by name
         tracker = Tracker(cfg.tracker, folder.path, cfg.run.name, settings(cfg))
         stack.callback(tracker.finish)
         with progress.stage("start"):
@@ -106,6 +108,8 @@ class Run:
         self.cfg, self.folder, self.state = cfg, folder, RunState()
         self._source, self._parts, self._progress, self._tracker = source, parts, progress, tracker
         self._metrics: dict[str, float] = {}
+        self._scored: list[ScoredTree] = []
+        self._drawn = self._refills = 0
         self._started = self._step_started = time.monotonic()
         self._checkpointed_step = 0
         self._log: MetricsLog | None = None
@@ -138,20 +142,37 @@ class Run:
         return self.state.step < self.cfg.run.num_steps and not 0 < limit <= self.state.generated_tokens
 
     def next_prompts(self) -> list[Prompt]:
-        """The prompts of this step: a function of the seed and the step alone."""
-        self._metrics, self._step_started = {}, time.monotonic()
-        return self._source.batch(self.state.step, self.cfg.rollout.prompts_per_step)
+        """The first prompts of this step: a function of the seed and of what steps before it drew."""
+        self._metrics, self._scored, self._step_started = {}, [], time.monotonic()
+        self._drawn = self._refills = 0
+        return self._draw(self.cfg.rollout.prompts_per_step)
+
+    def refill(self, found: Credited) -> list[Prompt]:
+        """As many more prompts as selection left nothing of, until the batch is full or select.max_refills is used up;
+        DAPO's dynamic sampling (arXiv 2503.14476)."""
+        missing = found.selection.num_missing_prompts() - (self._drawn - self.cfg.rollout.prompts_per_step)
+        if missing <= 0 or self._refills == self.cfg.select.max_refills:
+            return []
+        self._refills += 1
+        return self._draw(missing)
+
+    def _draw(self, num: int) -> list[Prompt]:
+        prompts = self._source.draw(self.state.drawn_prompts + self._drawn, num)
+        self._drawn += num
+        return prompts
 
     def grow(self, prompts: list[Prompt]) -> Iterator[tuple[int, Tree]]:
         """Trees as they finish, with the index of their prompt."""
-        return self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", self.state.step))
+        refill = [self._refills] if self._refills else []
+        return self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", self.state.step, *refill))
 
     def score(self, trees: Iterator[tuple[int, Tree]]) -> list[ScoredTree]:
-        """Grow and score at once; the trees come back in the order of their prompts."""
+        """Grow and score at once; all trees of the step come back, in the order of their prompts."""
         with self._stage("grow"):
             grown = self._parts.scoring.submit(trees)
         with self._stage("score"):
-            scored = self._parts.scoring.collect(grown)
+            self._scored = self._scored + self._parts.scoring.collect(grown)
+        scored = self._scored
         trees_grown = [each.tree for each in scored]
         check_tool_crashes(trees_grown, self.cfg.task)
         self._metrics |= rollout_metrics(trees_grown, self._metrics["time/grow_seconds"])
@@ -170,7 +191,9 @@ class Run:
             self._metrics |= health_metrics(scored, found, self._shares, self.cfg.credit)
         selection, credit = found.selection, found.credit
         self._metrics |= {f"select/{reason}_share": share for reason, share in selection.shares().items()}
-        self._metrics["select/missing_prompts"] = selection.num_missing_prompts()
+        wanted = self.cfg.rollout.prompts_per_step
+        self._metrics["select/missing_prompts"] = max(0, wanted - self._drawn + selection.num_missing_prompts())
+        self._metrics["select/refills"] = self._refills
         trained_N = credit.w0_N > 0
         num_trained = max(1, int(trained_N.sum()))
         for name, part_P in credit.parts.items():
@@ -193,6 +216,7 @@ class Run:
             calls = self._learner.update(trees, self.state.step)
             self._metrics |= self._ask(calls, f"update {self.state.step}")
         self.state.step += 1
+        self.state.drawn_prompts += self._drawn
         self.state.history = dict(found.credit.history)
         self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
         self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
@@ -278,7 +302,7 @@ class Run:
         with self._progress.stage(name):
             yield
         seconds = time.monotonic() - started
-        self._metrics[f"time/{name}_seconds"] = seconds
+        self._metrics[f"time/{name}_seconds"] = self._metrics.get(f"time/{name}_seconds", 0.0) + seconds
         self.state.stage_seconds[name] = self.state.stage_seconds.get(name, 0.0) + seconds
 
     def _emit(self) -> None:

@@ -50,7 +50,7 @@ class Selection:
         return {reason.value: counts[reason] / whole for reason in Reason} if whole else {}
 
     def num_missing_prompts(self) -> int:
-        """Prompts of which nothing is left to train: so many more a loop that refills its batch would ask for."""
+        """Prompts of which nothing is left to train."""
         return sum(not each.tree.trained_leaves() for each in self.trees)
 
     def without(self, reasons: Sequence[dict[int, Reason]]) -> Selection:

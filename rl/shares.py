@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from conf.schema import Compare, Config, GaeConfig, Normalizer, Scope, Singleton
+from conf.schema import Compare, Config, Degenerate, GaeConfig, Normalizer, Scope
 from rewards.types import ScoredTree
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest
@@ -78,8 +78,8 @@ def shares_of(found: Credited, cfg: Config) -> Shares:
             compare=Compare.returns,
             scope=Scope.prompt,
             normalizer=Normalizer.none,
-            singleton=Singleton.raw,
-            zero_variance=Singleton.raw,
+            singleton=Degenerate.raw,
+            zero_variance=Degenerate.raw,
         )
         for values, view in ((shares.raw, alone), (shares.compared, whole)):
             only = replace(cfg.credit, terms={name: view}, whiten=False, gae=GaeConfig())

@@ -327,15 +327,15 @@ class PromptSource:
     def __init__(self, train: Rows, held_out: Rows | None, encoder: PromptEncoder, seed: int) -> None:
         self._train, self._held_out, self._encoder, self._seed = train, held_out, encoder, seed
 
-    def batch(self, step: int, num: int) -> list[Prompt]:
-        """The `num` training prompts of a step.
+    def draw(self, first: int, num: int) -> list[Prompt]:
+        """The `num` training prompts from the run's `first` on; the same place always holds the same prompt.
 
         Stored rows come in a new order every epoch. In later epochs ids carry the epoch ("train/17#2" for the second),
         so that an id names one prompt of the run and two copies in a batch are two prompts.
 
         Raises: DataError for a made-up question that is too long.
         """
-        return [self._train_prompt(position) for position in range(step * num, (step + 1) * num)]
+        return [self._train_prompt(position) for position in range(first, first + num)]
 
     def _train_prompt(self, position: int) -> Prompt:
         num_rows = self._train.num_rows

@@ -6,11 +6,11 @@ is matched with; a step is worth the mean over its calls.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 Call = tuple[str, Mapping[str, Any]]
@@ -42,10 +42,8 @@ def assigned(similarity_PR: Tensor) -> Tensor:
         similarity_PR: float [predicted, reference].
     Returns: float [predicted].
     """
-    if similarity_PR.shape[0] <= similarity_PR.shape[1]:
-        return _of_pairs(similarity_PR, list(enumerate(_cheapest((-similarity_PR).tolist()))))
-    swapped = _cheapest((-similarity_PR.T).tolist())
-    return _of_pairs(similarity_PR, [(row, column) for column, row in enumerate(swapped)])
+    rows, columns = linear_sum_assignment(similarity_PR.numpy(), maximize=True)
+    return _of_pairs(similarity_PR, list(zip(rows.tolist(), columns.tolist(), strict=True)))
 
 
 def assigned_greedily(similarity_PR: Tensor) -> Tensor:
@@ -114,42 +112,3 @@ def _of_pairs(similarity_PR: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor
     for row, column in pairs:
         reward_P[row] = similarity_PR[row, column]
     return reward_P
-
-
-def _cheapest(cost: list[list[float]]) -> list[int]:
-    """Column of each row in the assignment of least cost; no more rows than columns.
-
-    The Hungarian method: rows come in one by one, each by the cheapest chain of swaps, under prices that keep every
-    reduced cost, cost[i][j] - row_price[i] - column_price[j], at 0 or more. O(rows^2 * columns).
-    """
-    num_columns = len(cost[0]) if cost else 0
-    row_price, column_price = [0.0] * len(cost), [0.0] * num_columns
-    owner: list[int | None] = [None] * num_columns
-    for newcomer in range(len(cost)):
-        slack, reached_from = [math.inf] * num_columns, [-1] * num_columns
-        tree: list[int] = []  # columns of the cheapest paths so far, all of them owned
-        row, column = newcomer, -1
-        while True:
-            for other in range(num_columns):
-                reduced = cost[row][other] - row_price[row] - column_price[other]
-                if other not in tree and reduced < slack[other]:
-                    slack[other], reached_from[other] = reduced, column
-            column = min((other for other in range(num_columns) if other not in tree), key=slack.__getitem__)
-            step = slack[column]
-            row_price[newcomer] += step
-            for other in tree:
-                column_price[other] -= step
-                in_tree = owner[other]
-                assert in_tree is not None, "a path goes on from owned columns only"
-                row_price[in_tree] += step
-            slack = [each if other in tree else each - step for other, each in enumerate(slack)]
-            tree.append(column)
-            next_row = owner[column]
-            if next_row is None:
-                break
-            row = next_row
-        while column != -1:  # everyone on the path moves up one column
-            before = reached_from[column]
-            owner[column] = newcomer if before == -1 else owner[before]
-            column = before
-    return [owner.index(row) for row in range(len(cost))]

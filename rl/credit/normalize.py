@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conf.schema import Normalizer, Singleton, TermConfig
+from conf.schema import Degenerate, Normalizer, TermConfig
 from rl.credit.shapes import check_shapes, require_scored
 
 _ROUNDING_STEPS = 64
@@ -56,9 +56,9 @@ def normalized(
 ) -> tuple[Tensor, Tensor]:
     """Compare each value with its group the way a term says.
 
-    A value alone in its group, and values that are all equal, become 0, stay as they are (Singleton.raw, as in trainers
-    that descend from verl for the former), or are not spoken for (Singleton.drop). Normalisers that compare with no
-    group leave nothing alone.
+    A value alone in its group, and values that are all equal, become 0, stay as they are (Degenerate.raw, as in
+    trainers that descend from verl for the former), or are not spoken for (Degenerate.drop). Normalisers that compare
+    with no group leave nothing alone.
 
     Args:
         value_N: float [N]; anything where not valid.
@@ -109,19 +109,19 @@ def normalized(
     if term.normalizer in NO_GROUP:
         return advantage_N, valid_N
     count_N = _group_count(valid_N, group_N)[group_N]
-    if term.zero_variance is not Singleton.zero:  # they are 0 already
+    if term.zero_variance is not Degenerate.zero:  # they are 0 already
         equal_N = valid_N & (count_N > 1) & (_spread(value_N, valid_N, group_N)[group_N] == 0)
         advantage_N, valid_N = with_policy(advantage_N, valid_N, value_N, equal_N, term.zero_variance)
     return with_policy(advantage_N, valid_N, value_N, valid_N & (count_N == 1), term.singleton)
 
 
 def with_policy(
-    advantage_N: Tensor, valid_N: Tensor, value_N: Tensor, which_N: Tensor, policy: Singleton
+    advantage_N: Tensor, valid_N: Tensor, value_N: Tensor, which_N: Tensor, policy: Degenerate
 ) -> tuple[Tensor, Tensor]:
     """What becomes of the values of which nothing can be said, `which_N`; returns as `normalized`."""
-    if policy is Singleton.drop:
+    if policy is Degenerate.drop:
         valid_N = valid_N & ~which_N
-    lone_value_N = value_N if policy is Singleton.raw else torch.zeros_like(value_N)
+    lone_value_N = value_N if policy is Degenerate.raw else torch.zeros_like(value_N)
     return torch.where(which_N, lone_value_N, advantage_N), valid_N
 
 

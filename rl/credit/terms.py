@@ -11,6 +11,7 @@ from conf.schema import Backup, Combine, Compare, Level, Normalizer, Return, Sco
 from rl.credit.backup import backed_up, continuation_weights, mean_of_groups
 from rl.credit.cases import four_cases
 from rl.credit.critic import critic_values
+from rl.credit.custom import custom_values
 from rl.credit.forest import Forest
 from rl.credit.normalize import NOTHING_SEEN, Moments, less_token_mean, normalized, rounding, with_policy
 from rl.credit.reads import best_of
@@ -67,8 +68,8 @@ def term_credit(forest: Forest, term: TermConfig, max_steps: int, history: Momen
 
         signals -> what each step earns (`rewards_of`) -> return -> backup -> compared in the scope by the normaliser
 
-    With Compare.rewards the comparison comes before the return: what each step earns is compared, and the return is
-    taken of that.
+    A term with a function of the user's has it in place of all that comes before the comparison. With Compare.rewards
+    the comparison comes before the return: what each step earns is compared, and the return is taken of that.
 
     Args:
         forest: the trained paths of a batch.
@@ -77,6 +78,8 @@ def term_credit(forest: Forest, term: TermConfig, max_steps: int, history: Momen
         history: of a term with Normalizer.running, what it saw before this batch.
     Raises: UnscoredNode when a scaled signal overflows.
     """
+    if term.fn:
+        return _custom(forest, term, history)
     found = rewards_of(forest, term.signals, term.combine, term.gamma, max_steps)
     if term.combine is Combine.four_cases:
         return _four_cases(forest, term, found)
@@ -101,6 +104,19 @@ def term_credit(forest: Forest, term: TermConfig, max_steps: int, history: Momen
     if term.scope in BASELINES:
         assert term.backup is not Backup.none, "the checks refuse a trajectory's own value of the step before"
         return _less(values, *_baseline(forest, term, found, values.value_X, values.valid_X, max_steps), term)
+    return _compared(forest, term, values, history)
+
+
+def _custom(forest: Forest, term: TermConfig, history: Moments | None) -> TermCredit:
+    value_X, valid_X = custom_values(forest, term)
+    if term.scope in ANCESTORS:
+        return _among_ancestors(forest, term, value_X, valid_X)
+    if term.level is Level.trajectory:
+        values = _of_leaves(forest, term, value_X, valid_X)
+    elif term.backup is Backup.none:
+        values = _of_pairs(forest, term, value_X, valid_X)
+    else:
+        values = _of_nodes(forest, term, value_X, valid_X)
     return _compared(forest, term, values, history)
 
 

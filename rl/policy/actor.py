@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from conf.errors import GroveError, WaitTimeout, WorkerLost
 from conf.schema import Config
 from rl.credit.measured import Needs
+from rl.policy.memory import keep_freed_memory
 from rl.policy.pack import TreeCredit
 from rl.policy.ranks import Ranks, join, meeting_address, open_meeting
 from rollout.tree import Tree
@@ -49,6 +50,8 @@ class LearnerActor:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         learner = self._cfg.learner
+        if device.type == "cpu":
+            keep_freed_memory()
         if learner.num_processes == 1:
             ranks = Ranks.alone(device)
         else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import parse_tree
 
 from conf.errors import ConfigError
 from conf.schema import RewardsConfig, SourceConfig
 from rewards.blend import blend, blended
+from rewards.drawn import parse_tree
 from rewards.types import Score, ScoredTree, ScoreStatus
 
 numbers = st.floats(-100, 100)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from trees import parse_tree
 
 from conf.errors import ConfigError
 from conf.schema import Level, SourceConfig
 from rewards.base import Source
+from rewards.drawn import parse_tree
 from rewards.sources.length import soft_overlong
 from rollout.tree import Node
 

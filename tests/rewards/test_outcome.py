@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import answer_facts, call_facts, malformed_facts
 
+from rewards.drawn import answer_facts, call_facts, malformed_facts
 from rewards.sources.outcome import exact_match, number_in, numeric_match
 
 

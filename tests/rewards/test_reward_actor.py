@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from trees import parse_tree
 
 from conf.schema import RewardsConfig, SourceConfig
+from rewards.drawn import parse_tree
 from rewards.types import Score
 
 

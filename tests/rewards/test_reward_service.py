@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from trees import parse_scored, parse_tree
 
 from conf.errors import ConfigError, RewardFailed
 from conf.schema import RewardsConfig, SourceConfig
+from rewards.drawn import parse_scored, parse_tree
 from rewards.sandbox import secret_names
 from rewards.service import RewardService, check_failure_budget, score_counts
 from rewards.types import Score, ScoredTree, ScoreStatus

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-from trees import parse_tree, row_of
 
 from conf.errors import ConfigError
 from conf.schema import Level, RewardsConfig, SourceConfig
 from rewards.base import Source, build_sources
+from rewards.drawn import parse_tree, row_of
 from rewards.types import Score, ScoreStatus
 from rollout.types import StopReason
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from trees import answer_facts, call_facts, parse_tree
 
 from conf.schema import RewardsConfig, SourceConfig
 from rewards.base import Source, build_sources
+from rewards.drawn import answer_facts, call_facts, parse_tree
 from rewards.types import Score, ScoreStatus
 
 ROOT = Path(__file__).parents[2]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from trees import answer_facts, call_facts, malformed_facts, parse_tree, row_of
 
+from rewards.drawn import answer_facts, call_facts, malformed_facts, parse_tree, row_of
 from rewards.sources.format import format_ok, tool_success
 from rewards.sources.hop_search import progress
 from rollout.tree import Tree

@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trees import parse_scored
 
 from conf.errors import CheckpointError, ConfigError, RewardFailed
 from conf.schema import Config, ExpanderKind
+from rewards.drawn import parse_scored
 from rewards.types import Score
 from rl.evaluate import evaluate_run, evaluation_of, evaluation_rollout, successes_of
 

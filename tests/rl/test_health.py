@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
 from torch import Tensor
-from trees import parse_scored
 
 from conf.schema import Config, CreditConfig, Keep, Level, Normalizer, Scope, SelectConfig, SignalUse, TermConfig
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
 from rl.credited import credited
 from rl.health import agreement, effective_number, health_metrics, silent_share, within_correlation

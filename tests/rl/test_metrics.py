@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from trees import answer_facts, call_facts, parse_scored, parse_tree
 
 from conf.errors import DataError
+from rewards.drawn import answer_facts, call_facts, parse_scored, parse_tree
 from rewards.types import Score
 from rl.metrics import METRICS, MetricsLog, declared, read_metrics, reward_metrics, rollout_metrics
 from rollout.types import StopReason

@@ -52,7 +52,7 @@ def parts(cfg: Config, model_path: str, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def prompts(cfg: Config, model_path: str) -> list[Prompt]:
-    return build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).batch(0, 6)
+    return build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).draw(0, 6)
 
 
 def grow(parts: Parts, prompts: list[Prompt], seed: int = 0) -> list[Tree]:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import parse_scored
 
 from conf.errors import DataError
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree, ScoreStatus
 from rl.record import Advantages, RecordedTree, read_trees, write_records
 from rollout.tree import ROOT, Node, Tree

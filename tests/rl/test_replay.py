@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
-from trees import parse_scored
 
 from conf.compose import compose
 from conf.errors import ConfigError, DataError
 from conf.schema import Config
 from rewards.blend import blend
+from rewards.drawn import parse_scored
 from rewards.types import ScoredTree
 from rl import cli
 from rl.credited import credited

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
-from trees import parse_scored, row_of
 
 from conf.errors import ConfigError
 from conf.schema import Config, CreditConfig, Keep, Level, Normalizer, Scope, SelectConfig, SignalUse, TermConfig
+from rewards.drawn import parse_scored, row_of
 from rewards.types import Score, ScoredTree
 from rl.credited import credited
 from rl.select import Reason, Selection, consistency, num_dropped, selected

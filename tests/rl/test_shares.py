@@ -5,9 +5,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
-from trees import parse_scored
 
 from conf.schema import Config, CreditConfig, Keep, Level, Normalizer, Scope, SelectConfig, SignalUse, TermConfig
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
 from rl.credited import credited
 from rl.record import TOTAL, RecordedTree, read_trees, write_records

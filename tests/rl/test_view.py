@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from trees import parse_scored
 
 from conf.errors import DataError
 from conf.schema import Config
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
 from rl.metrics import MetricsLog
 from rl.record import Advantages, RecordedTree, write_records

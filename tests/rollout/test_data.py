@@ -34,19 +34,19 @@ def source(tmp_path: Path, rows: list[dict[str, Any]] = ROWS, seed: int = 0, **t
 
 def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(tmp_path: Path):
     prompts = source(tmp_path)
-    seen = [prompt.id for step in range(5) for prompt in prompts.batch(step, 4)]  # 20 prompts are two epochs of 10
+    seen = [prompt.id for step in range(5) for prompt in prompts.draw(4 * step, 4)]  # 20 prompts are two epochs of 10
     assert sorted(seen[:10]) == [f"train/{row}" for row in range(10)]
     assert sorted(seen[10:]) == [f"train/{row}#2" for row in range(10)]
     assert [each.removesuffix("#2") for each in seen[10:]] != seen[:10]
 
 
 def test_a_batch_follows_from_seed_and_step_alone(tmp_path: Path):
-    assert source(tmp_path).batch(7, 4) == source(tmp_path).batch(7, 4)
-    assert source(tmp_path, seed=0).batch(7, 4) != source(tmp_path, seed=1).batch(7, 4)
+    assert source(tmp_path).draw(28, 4) == source(tmp_path).draw(28, 4)
+    assert source(tmp_path, seed=0).draw(28, 4) != source(tmp_path, seed=1).draw(28, 4)
 
 
 def test_ids_are_unique_even_in_a_batch_larger_than_the_data(tmp_path: Path):
-    ids = Counter(prompt.id for prompt in source(tmp_path).batch(0, 25))
+    ids = Counter(prompt.id for prompt in source(tmp_path).draw(0, 25))
     assert set(ids.values()) == {1}
 
 
@@ -59,7 +59,7 @@ def test_held_out_prompts_are_the_same_for_every_seed(tmp_path: Path):
 def test_a_prompt_is_the_template_of_system_prompt_tools_and_question(tmp_path: Path):
     rows = [{"question": "Who?", "answer": "me", "note": [1, 2]}]
     prompts = source(tmp_path, rows, system_prompt="Be brief.", tools=["rollout.envs.gsm8k:calculator"])
-    (prompt,) = prompts.batch(0, 1)
+    (prompt,) = prompts.draw(0, 1)
     text = chatml_tokenizer().decode(prompt.token_ids)
     assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
     assert '"name": "calculator"' in text
@@ -69,9 +69,9 @@ def test_a_prompt_is_the_template_of_system_prompt_tools_and_question(tmp_path: 
 
 def test_columns_may_have_other_names(tmp_path: Path):
     rows = [{"problem": "2 + 2?", "solution": 4}]
-    (prompt,) = source(tmp_path, rows, columns=ColumnsConfig(question="problem", answer="solution")).batch(0, 1)
+    (prompt,) = source(tmp_path, rows, columns=ColumnsConfig(question="problem", answer="solution")).draw(0, 1)
     assert (prompt.question, prompt.answer) == ("2 + 2?", "4")
-    (prompt,) = source(tmp_path, rows, columns=ColumnsConfig(question="problem", answer="")).batch(0, 1)
+    (prompt,) = source(tmp_path, rows, columns=ColumnsConfig(question="problem", answer="")).draw(0, 1)
     assert prompt.answer == ""
 
 
@@ -219,7 +219,7 @@ def test_a_task_that_makes_its_own_questions_never_runs_out():
         hop_search=HopSearchConfig(hops=[2]),
     )
     prompts = build_prompt_source(Config(task=task), tiny_tokenizer())
-    (prompt,) = prompts.batch(1000, 1)
+    (prompt,) = prompts.draw(1000, 1)
     assert prompt.id == "train/1000"
     assert tiny_tokenizer().decode(prompt.token_ids) == prompt.question
     assert len(prompt.token_ids) == 9  # who is First Last 's r 's r ?

@@ -60,7 +60,7 @@ def largest_gap(tree: Tree, model: torch.nn.Module) -> float:
 
 
 def test_it_samples_the_model_and_follows_new_weights(cfg: Config, pool: RolloutPool, model_path: Path, tmp_path: Path):
-    prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).batch(0, 2)
+    prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).draw(0, 2)
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     before = [tree for _, tree in pool.grow(prompts, 0)]
     assert max(largest_gap(tree, model) for tree in before) < 1e-4

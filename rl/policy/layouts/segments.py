@@ -91,7 +91,7 @@ class SegmentPlan:
         for call, *heads in zip(calls, _split(query, calls), keys, values, strict=True):
             output_CQHD = masked_attention(*heads, call.chunks[0].mask_QK, scaling=scaling, softcap=softcap)
             outputs.append(output_CQHD.flatten(0, 1))
-        return torch.cat(outputs)[None]
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def calls(self, window: int | None) -> list[Call]:
         """The calls that a layer makes, in the order of the pack."""
@@ -209,7 +209,8 @@ def _chunk(piece: _Piece, num_above: int, end_T: Tensor, depth_T: Tensor, window
 
 def _split(heads: Tensor, calls: list[Call]) -> list[Tensor]:
     """Of each call, its chunks' own tokens as [C, heads, Q, head_dim]; views."""
-    parts = heads[0].split([call.num_queries for call in calls], dim=1)
+    heads_HTD = heads.squeeze(0)  # not heads[0], whose backward would fill a whole tensor with zeros first
+    parts = heads_HTD.split([call.num_queries for call in calls], dim=1) if len(calls) > 1 else [heads_HTD]
     return [part.unflatten(1, (len(call.chunks), -1)).transpose(0, 1) for call, part in zip(calls, parts, strict=True)]
 
 

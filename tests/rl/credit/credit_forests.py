@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
-from trees import parse_scored, row_of
 
 from conf.schema import CreditConfig
+from rewards.drawn import parse_scored, row_of
 from rewards.types import ScoredTree
 from rl.credit.assign import Credit, assign
 from rl.credit.forest import Forest, forest_of

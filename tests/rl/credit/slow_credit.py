@@ -14,12 +14,12 @@ from conf.schema import (
     Combine,
     Compare,
     CreditConfig,
+    Degenerate,
     Level,
     Normalizer,
     Read,
     Return,
     Scope,
-    Singleton,
     TermConfig,
     TokenWeight,
 )
@@ -370,9 +370,9 @@ def _against(value: float, group: list[float], everyone: list[float], term: Term
     if term.normalizer is Normalizer.max_return:
         return value / scale if (scale := max(map(abs, group)) + term.eps) else 0.0
     if len(group) == 1:
-        return {Singleton.zero: 0.0, Singleton.raw: value, Singleton.drop: None}[term.singleton]
+        return {Degenerate.zero: 0.0, Degenerate.raw: value, Degenerate.drop: None}[term.singleton]
     if max(group) - min(group) < 1e-12:
-        return {Singleton.zero: 0.0, Singleton.raw: value, Singleton.drop: None}[term.zero_variance]
+        return {Degenerate.zero: 0.0, Degenerate.raw: value, Degenerate.drop: None}[term.zero_variance]
     if term.normalizer is Normalizer.leave_one_out:
         return value - (math.fsum(group) - value) / (len(group) - 1)
     if term.normalizer is Normalizer.rank:
@@ -443,7 +443,9 @@ def _less_baseline(
         if value is None or baseline is None:
             found[prompt, row] = None
         elif abs(value - baseline) < 1e-12:
-            found[prompt, row] = {Singleton.zero: 0.0, Singleton.raw: value, Singleton.drop: None}[term.zero_variance]
+            found[prompt, row] = {Degenerate.zero: 0.0, Degenerate.raw: value, Degenerate.drop: None}[
+                term.zero_variance
+            ]
         else:
             found[prompt, row] = value - baseline
     return found
@@ -511,7 +513,9 @@ def _less_others_per_token(
             if not go_on[pair]:
                 found[pair] = None
             elif not others:
-                found[pair] = {Singleton.zero: 0.0, Singleton.raw: earned[pair], Singleton.drop: None}[term.singleton]
+                found[pair] = {Degenerate.zero: 0.0, Degenerate.raw: earned[pair], Degenerate.drop: None}[
+                    term.singleton
+                ]
             elif term.normalizer is Normalizer.token_leave_one_out:
                 found[pair] = earned[pair] - math.fsum(others) / len(others)
             else:

@@ -2,9 +2,9 @@ import math
 
 import pytest
 from credit_forests import balanced, credit_config, credit_of, per_node, per_pair, ragged, recipe
-from trees import parse_scored
 
 from conf.errors import ConfigError, UnscoredNode
+from rewards.drawn import parse_scored
 from rewards.types import Score
 
 FAILED = Score.failed("judge is down")

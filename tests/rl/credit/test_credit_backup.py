@@ -1,10 +1,10 @@
 import pytest
 import torch
 from credit_forests import balanced, per_node, ragged
-from trees import parse_scored
 
 from conf.errors import ShapeError, UnscoredNode
 from conf.schema import Backup
+from rewards.drawn import parse_scored
 from rewards.types import ScoredTree
 from rl.credit.backup import backed_up, continuation_weights, decayed
 from rl.credit.forest import forest_of

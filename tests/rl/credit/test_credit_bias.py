@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 from credit_forests import credit_config, measured_credit, per_node
-from trees import parse_scored
 
 from conf.schema import CreditConfig
+from rewards.drawn import parse_scored
 from rewards.types import ScoredTree
 
 GO = 0.5

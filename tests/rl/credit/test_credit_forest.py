@@ -1,8 +1,8 @@
 import pytest
 import torch
 from credit_forests import balanced, names, per_leaf, per_node, per_pair, ragged
-from trees import parse_scored
 
+from rewards.drawn import parse_scored
 from rewards.types import Score
 from rl.credit.forest import forest_of
 from rollout.types import StopReason

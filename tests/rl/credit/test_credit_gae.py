@@ -16,9 +16,9 @@ from credit_forests import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import parse_scored
 
 from conf.errors import ConfigError, ShapeError, UnscoredNode
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree, ScoreStatus
 from rl.credit.gae import depths, tree_gae
 from rl.policy.pack import PathCredit, TokenCredit, TreeCredit, pack

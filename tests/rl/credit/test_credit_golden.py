@@ -17,9 +17,9 @@ from credit_forests import (
     recipe,
     with_lengths,
 )
-from trees import parse_scored
 
 from conf.schema import Backup, TokenWeight
+from rewards.drawn import parse_scored
 
 TOLERANCE = 1e-4
 FORMAT_T1 = {"a": 1.0, "a1": 1.0, "a2": 0.2, "b": 1.0, "b1": 1.0, "b2": 1.0}

@@ -11,7 +11,6 @@ from credit_forests import MAX_STEPS, credit_of, per_node, per_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_credit import slow_credit
-from trees import parse_scored
 
 from conf.check_credit import BROADCASTS, GROUPS_OF_TRAJECTORIES, TOKEN_MEANS, term_faults
 from conf.schema import (
@@ -19,16 +18,17 @@ from conf.schema import (
     Combine,
     Compare,
     CreditConfig,
+    Degenerate,
     Level,
     Normalizer,
     Read,
     Return,
     Scope,
     SignalUse,
-    Singleton,
     TermConfig,
     TokenWeight,
 )
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
 from rollout.tree import ROOT, Tree
 
@@ -139,8 +139,8 @@ def draw_term(data: st.DataObject, **fixed) -> TermConfig:
         ddof=draw("ddof", [0, 1]),
         eps=draw("eps", [0.0, 1e-6, 0.01]),
         min_std=draw("min_std", [0.0, 0.1]),
-        singleton=draw("singleton", Singleton),
-        zero_variance=draw("zero_variance", Singleton),
+        singleton=draw("singleton", Degenerate),
+        zero_variance=draw("zero_variance", Degenerate),
         weight=draw("weight", [0.0, 0.5, 1.0]),
     )
 
@@ -227,8 +227,8 @@ def test_constant_added_to_every_score_changes_no_compared_advantage(shift, data
     cfg = draw_credit(
         data,
         normalizer=normalizer,
-        singleton=Singleton.zero,
-        zero_variance=Singleton.zero,
+        singleton=Degenerate.zero,
+        zero_variance=Degenerate.zero,
         gamma=1.0,
         **PLAIN,
         scope=Scope.prompt,
@@ -287,8 +287,8 @@ def test_advantages_among_siblings_add_up_to_zero(data):
         backup=Backup.leaf_mean,
         compare=Compare.returns,
         normalizer=normalizer,
-        singleton=Singleton.zero,
-        zero_variance=Singleton.zero,
+        singleton=Degenerate.zero,
+        zero_variance=Degenerate.zero,
         weight=1.0,
     )
     forest, credit = credit_of(CreditConfig(terms={"fork": term}), *scored)
@@ -316,8 +316,8 @@ def test_chain_without_forks_earns_no_fork_credit(data):
         scope=Scope.siblings,
         compare=Compare.returns,
         normalizer=normalizer,
-        singleton=Singleton.zero,
-        zero_variance=Singleton.zero,
+        singleton=Degenerate.zero,
+        zero_variance=Degenerate.zero,
     )
     _, credit = credit_of(CreditConfig(terms={"fork": term}), tree)
     assert not credit.advantage_P.any()
@@ -427,7 +427,7 @@ def test_scaled_scores_scale_what_is_centred_and_leave_zscores_and_places_as_the
     term = draw_term(
         data, level=Level.step, signals=signals, normalizer=normalizer, eps=0.0, min_std=0.0,
         scope=data.draw(st.sampled_from(STEP_GROUPS)), combine=Combine.sum, backup=Backup.leaf_mean,
-        compare=Compare.returns, singleton=Singleton.zero, zero_variance=Singleton.zero,
+        compare=Compare.returns, singleton=Degenerate.zero, zero_variance=Degenerate.zero,
     )  # fmt: skip
     _, before = credit_of(CreditConfig(terms={"x": term}), *scored)
     _, after = credit_of(CreditConfig(terms={"x": term}), *[scaled(each, scale) for each in scored])

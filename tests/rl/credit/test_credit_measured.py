@@ -4,9 +4,9 @@ import math
 
 import pytest
 from credit_forests import balanced, credit_config, measured_credit, per_leaf, per_node, recipe
-from trees import parse_scored
 
 from conf.errors import UnscoredNode
+from rewards.drawn import parse_scored
 from rl.credit.forest import forest_of
 from rl.credit.measured import Measured, Needs, measurements_needed, with_measured
 

@@ -19,8 +19,8 @@ from credit_forests import (
     recipe,
     with_lengths,
 )
-from trees import parse_scored
 
+from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
 from rl.credit.forest import forest_of
 from rl.credit.reads import largest_return

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conf.check_credit import TOKEN_MEANS
 from conf.errors import UnscoredNode
-from conf.schema import Normalizer, Singleton, TermConfig
+from conf.schema import Degenerate, Normalizer, TermConfig
 from rl.credit.normalize import Moments, centered, normalized, ranked, whitened, zscore
 
 
@@ -63,7 +63,7 @@ COMPARING = [
 @pytest.mark.parametrize("normalizer", COMPARING)
 def test_value_alone_in_its_group_is_zero_or_raw(normalizer):
     assert compared([3.0], normalizer=normalizer) == [0.0]
-    assert compared([3.0], normalizer=normalizer, singleton=Singleton.raw) == [3.0]
+    assert compared([3.0], normalizer=normalizer, singleton=Degenerate.raw) == [3.0]
 
 
 def spoken(values: list[float], groups: list[int], **term) -> list[bool]:
@@ -76,20 +76,20 @@ def spoken(values: list[float], groups: list[int], **term) -> list[bool]:
 def test_values_that_are_all_equal_are_zero_raw_or_dropped(normalizer):
     values, groups = [3.0, 3.0, 1.0, 2.0], [0, 0, 1, 1]
     assert compared(values, groups, normalizer=normalizer)[:2] == [0, 0]
-    assert compared(values, groups, normalizer=normalizer, zero_variance=Singleton.raw)[:2] == [3, 3]
-    assert spoken(values, groups, normalizer=normalizer, zero_variance=Singleton.drop) == [False, False, True, True]
+    assert compared(values, groups, normalizer=normalizer, zero_variance=Degenerate.raw)[:2] == [3, 3]
+    assert spoken(values, groups, normalizer=normalizer, zero_variance=Degenerate.drop) == [False, False, True, True]
     assert spoken(values, groups, normalizer=normalizer) == [True] * 4
 
 
 @pytest.mark.parametrize("normalizer", COMPARING)
 def test_value_alone_in_its_group_can_be_dropped(normalizer):
-    kept = spoken([3.0, 1.0, 2.0], [0, 1, 1], normalizer=normalizer, singleton=Singleton.drop)
+    kept = spoken([3.0, 1.0, 2.0], [0, 1, 1], normalizer=normalizer, singleton=Degenerate.drop)
     assert kept == [False, True, True]
 
 
 @pytest.mark.parametrize("normalizer", [Normalizer.none, Normalizer.max_return, Normalizer.running])
 def test_normalisers_without_a_group_leave_nothing_alone(normalizer):
-    options = {"singleton": Singleton.drop, "zero_variance": Singleton.drop}
+    options = {"singleton": Degenerate.drop, "zero_variance": Degenerate.drop}
     assert spoken([3.0, 3.0, 1.0], [0, 0, 1], normalizer=normalizer, **options) == [True] * 3
 
 
@@ -166,7 +166,7 @@ def test_running_zscore_compares_with_the_run_so_far_and_the_batch():
 
 
 def test_value_whose_only_companion_failed_is_alone():
-    assert compared([3.0, math.nan], singleton=Singleton.raw) == [3.0, 0.0]
+    assert compared([3.0, math.nan], singleton=Degenerate.raw) == [3.0, 0.0]
 
 
 def test_value_that_was_not_scored_is_left_out_of_the_mean():

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from credit_forests import balanced, per_leaf, per_node
-from trees import parse_scored
 
 from conf.errors import ConfigError
 from conf.schema import Level, Scope
+from rewards.drawn import parse_scored
 from rl.credit.forest import forest_of
 from rl.credit.scopes import ended_before, group_ids, sibling_groups
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from credit_forests import balanced, credit_config, credit_of, measured_credit, per_node, per_pair, with_lengths
-from trees import parse_scored
 
 from conf.errors import ConfigError
+from rewards.drawn import parse_scored
 from rewards.types import Score
 from rl.credit.assign import assign
 from rl.credit.forest import forest_of

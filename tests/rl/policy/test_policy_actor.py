@@ -15,10 +15,10 @@ import ray
 import torch
 from policy_trees import VOCABULARY, grown, paired, tiny
 from safetensors.torch import load_file
-from trees import parse_tree
 
 from conf.errors import WorkerLost
 from conf.schema import Config, LearnerConfig
+from rewards.drawn import parse_tree
 from rl.policy import actor
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.learner import Learner

@@ -9,7 +9,6 @@ import torch
 from policy_trees import VOCABULARY, grown, paired, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trees import parse_tree
 
 from conf.errors import ConfigError
 from conf.schema import (
@@ -26,6 +25,7 @@ from conf.schema import (
     ModelConfig,
     OldLogprobs,
 )
+from rewards.drawn import parse_tree
 from rl.credit.measured import Needs
 from rl.policy.layouts.segments import SegmentPlan
 from rl.policy.learner import Learner

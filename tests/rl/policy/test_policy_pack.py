@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_trees import PairedTree, forests, grown, paired, paired_trees
-from trees import parse_tree, row_of
 
 from conf.errors import ConfigError, DataError, ShapeError
+from rewards.drawn import parse_tree, row_of
 from rl.policy.mask import ancestor_mask
 from rl.policy.pack import PathCredit, TokenCredit, TreeCredit, pack, path_tokens, plan_packs, unique_tokens
 from rollout.tree import ROOT, Tree

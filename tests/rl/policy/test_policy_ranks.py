@@ -9,10 +9,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_trees import forests, grown, paired, tiny
-from trees import parse_tree
 
 from conf.errors import WaitTimeout
 from conf.schema import Layout
+from rewards.drawn import parse_tree
 from rl.policy.model import TreePolicy
 from rl.policy.pack import TreeCredit, pack
 from rl.policy.ranks import (

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from trees import parse_scored, row_of
 
 from conf.schema import (
     Aggregation,
@@ -15,6 +14,7 @@ from conf.schema import (
     SignalUse,
     TermConfig,
 )
+from rewards.drawn import parse_scored, row_of
 from rewards.types import ScoredTree
 from rl.credit.assign import assign
 from rl.credit.forest import forest_of

@@ -1,4 +1,4 @@
-"""Trees written as text, for tests of every floor: `parse_tree("q -> a -> (a1, a2)")`.
+"""Trees written as text, to test rewards and credit on: `parse_tree("q -> a -> (a1, a2)")`.
 
 The first word is the prompt, every other word is a step of exactly one sampled token, `->` continues a step and
 brackets fork it. Words stay in `Node.action_text`, so a test can speak of steps by name.
