@@ -48,7 +48,7 @@ test: install ## run all tests; those that need a CUDA device are skipped withou
 	@$(PYTEST) $(ARGS)
 
 test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in under a minute
-	@$(PYTEST) -m "not ray and not vllm and not slow and not gpu" $(ARGS)
+	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
 
 lint: install ## check style, formatting and types
 	@$(BIN)/ruff check .

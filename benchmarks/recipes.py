@@ -1,6 +1,6 @@
 """Recipes of credit on the embedded task at equal generated tokens, over seeds, with intervals.
 
-    python -m benchmarks.recipes [--recipes grpo tree_step ...] [--seeds 0 1 2] [--tokens 100000]
+    python -m benchmarks.recipes [--recipes grpo tree_step ...] [--seeds 0 1 2] [--tokens 60000]
 
 Each run is `grove train experiment=hop_search credit=NAME seed=S` with the growth that the recipe is meant for; all
 else is equal: learning rate, loss (but for those with a critic), model and warm start of the seed. Where one wants a
@@ -77,9 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=100_000, help="generated tokens of a run (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=60_000, help="generated tokens of a run (default: %(default)s)")
     options = parser.parse_args()
-    budget = [f"run.max_generated_tokens={options.tokens}", "run.eval_every_steps=0", "run.eval_prompts=512"]
+    budget = [f"run.max_generated_tokens={options.tokens}", "run.eval_every_steps=0", "run.eval_prompts=256"]
     quiet = ["run.record_every_steps=0", "run.checkpoint_every_steps=0"]
     successes: dict[str, list[float]] = {name: [] for name in options.recipes}
     for seed in options.seeds:  # so that a table of all recipes is there after the first seed

@@ -78,6 +78,7 @@ def shares_of(found: Credited, cfg: Config) -> Shares:
             compare=Compare.returns,
             scope=Scope.prompt,
             normalizer=Normalizer.none,
+            token_weighted=False,
             singleton=Degenerate.raw,
             zero_variance=Degenerate.raw,
         )

@@ -2,13 +2,17 @@ import gzip
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
 
+from conf.compose import compose
+from conf.keys import group_choices
 from conf.schema import Config, CreditConfig, Keep, Level, Normalizer, Scope, SelectConfig, SignalUse, TermConfig
 from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
+from rl.credit.measured import Measured
 from rl.credited import credited
 from rl.record import TOTAL, RecordedTree, read_trees, write_records
 from rl.shares import recorded_trees, shares_of
@@ -50,6 +54,26 @@ def test_a_record_holds_what_each_term_made_of_each_step():
     assert found.advantages[a2] == approx({"trajectory": -1 / 3, "fork": -0.5, TOTAL: -5 / 6})
     # of b the fork says nothing, which is not 0
     assert (found.raw[b], found.compared[b]) == ({"trajectory": 0.0}, approx({"trajectory": -1 / 3}))
+
+
+@pytest.mark.parametrize("credit", group_choices()["credit"])
+def test_every_recipe_has_shares_that_add_up_to_what_it_gives(credit: str):
+    def measure(trees: list[Any]) -> list[Measured]:
+        nodes = [tree.nodes for tree in trees]
+        return [Measured(kl=[0.5] * len(each), value=[[0.25] for _ in each]) for each in nodes]
+
+    tree, cfg = sample(), compose([f"credit={credit}"])
+    for signal in ("judge", "prm", "match", "implicit", "value", "contribution"):
+        tree.step_signals[signal] = tree.step_signals["step"]
+    tree.leaf_signals |= {name: tree.leaf_signals["outcome"] for name in ("arena", "length")}
+    found = credited([tree], cfg, measure)
+    shares = shares_of(found, cfg)
+    assert shares.raw.keys() == shares.compared.keys() == cfg.credit.terms.keys()
+    if cfg.credit.terms and not cfg.credit.whiten:
+        given = recorded_trees([tree], found, shares)[0]
+        for row, values in given.compared.items():
+            total = sum(cfg.credit.terms[name].weight * value for name, value in values.items())
+            assert given.advantages[row][TOTAL] == approx(total, abs=1e-6)
 
 
 def test_a_recorded_share_is_read_as_it_was_written(tmp_path):
