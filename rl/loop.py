@@ -8,7 +8,7 @@ from typing import Any
 from conf.checks import require_runnable
 from conf.schema import Config
 from rl.interrupts import uninterrupted
-from rl.run import opened_run
+from rl.run import Run, opened_run
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +21,20 @@ def train(cfg: Config) -> dict[str, Any]:
     """
     require_runnable(cfg, warn=logger.debug)
     with opened_run(cfg) as run:
-        run.evaluate_if_due()
-        while run.goes_on():
-            scored = run.score(run.grow(run.next_prompts()))
+        return train_run(run)
+
+
+def train_run(run: Run) -> dict[str, Any]:
+    """Train with a run's parts until its steps or tokens are used up; returns its summary."""
+    run.evaluate_if_due()
+    while run.goes_on():
+        scored = run.score(run.grow(run.next_prompts()))
+        found = run.assign(scored)
+        while prompts := run.refill(found):
+            scored = run.score(run.grow(prompts))
             found = run.assign(scored)
-            while prompts := run.refill(found):
-                scored = run.score(run.grow(prompts))
-                found = run.assign(scored)
-            with uninterrupted():  # half an update is no state to save
-                run.update(scored, found)
-                run.finish_step(scored, found)
-            run.evaluate_if_due()
-        return run.finish()
+        with uninterrupted():  # half an update is no state to save
+            run.update(scored, found)
+            run.finish_step(scored, found)
+        run.evaluate_if_due()
+    return run.finish()

@@ -32,9 +32,11 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "quick_credit.json").exists()
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
-def test_every_recipe_can_be_trained(name: str):
-    cfg = compose(["experiment=hop_search", f"credit={name}", *recipes.RECIPES[name]])
+@pytest.mark.parametrize(
+    ("launch", "name"), [(launch, name) for launch in recipes.RECIPES for name in recipes.RECIPES[launch]]
+)
+def test_every_recipe_can_be_trained(launch: tuple[str, ...], name: str):
+    cfg = recipes.config(name, seed=0, tokens=1000, launch=launch)
     assert [problem.text for problem in problems(cfg) if problem.fatal] == []
 
 

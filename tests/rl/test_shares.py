@@ -65,7 +65,7 @@ def test_every_recipe_has_shares_that_add_up_to_what_it_gives(credit: str):
     tree, cfg = sample(), compose([f"credit={credit}"])
     for signal in ("judge", "prm", "match", "implicit", "value", "contribution"):
         tree.step_signals[signal] = tree.step_signals["step"]
-    tree.leaf_signals |= {name: tree.leaf_signals["outcome"] for name in ("arena", "length")}
+    tree.leaf_signals |= dict.fromkeys(("arena", "length"), tree.leaf_signals["outcome"])
     found = credited([tree], cfg, measure)
     shares = shares_of(found, cfg)
     assert shares.raw.keys() == shares.compared.keys() == cfg.credit.terms.keys()
