@@ -69,7 +69,7 @@ CHANGES = {
 SOURCES = (
     *(f"rewards.sources.{name}={{fn: rewards.sources.hop_search:progress, signal: {name}}}" for name in STEP_SIGNALS),
     "rewards.sources.length={fn: rewards.sources.length:soft_overlong, signal: length, "
-    "args: {max_tokens: 96, buffer_tokens: 48}}",
+    "args: {max_tokens: 40, buffer_tokens: 20}}",
 )
 
 

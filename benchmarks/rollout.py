@@ -46,7 +46,7 @@ def pool_run(cfg: Config, model_path: str, log_dir: Path, num_prompts: int) -> t
     from rollout.data import build_prompt_source
     from rollout.pool import RolloutPool
 
-    prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).batch(0, num_prompts)
+    prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).draw(0, num_prompts)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     pool = RolloutPool(cfg, model_path, log_dir)
     seconds: list[float] = []

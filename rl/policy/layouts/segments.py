@@ -88,8 +88,9 @@ class SegmentPlan:
             ranges = [[chunk.key_ranges for chunk in call.chunks] for call in calls]
             keys, values = _Gathered.apply(key, ranges), _Gathered.apply(value, ranges)
         outputs = []
-        for call, *heads in zip(calls, _split(query, calls), keys, values, strict=True):
-            output_CQHD = masked_attention(*heads, call.chunks[0].mask_QK, scaling=scaling, softcap=softcap)
+        for call, query_CHQD, key_CHKD, value_CHKD in zip(calls, _split(query, calls), keys, values, strict=True):
+            mask_QK = call.chunks[0].mask_QK
+            output_CQHD = masked_attention(query_CHQD, key_CHKD, value_CHKD, mask_QK, scaling=scaling, softcap=softcap)
             outputs.append(output_CQHD.flatten(0, 1))
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 

@@ -180,6 +180,7 @@ def test_every_metric_is_declared(checkpoint: str):
         "kl",
         "entropy_nats",
         "clip_share",
+        *(f"clip_share_depth_{depth}" for depth in (1, 2, 3)),
         "approx_kl_nats",
         "ratio_max",
         "logprob_gap_nats",
