@@ -32,6 +32,8 @@ examples:
   grove eval runs/hop_search-seed0 --prompts 512         held-out success of a run's newest checkpoint
   grove report runs/hop_search-seed0                     curve.png and report.html once more
   grove replay runs/hop_search-seed0 credit=grpo         what other credit would have made of the run's trees
+  grove new reward brevity                               a file to start a reward from, and its test
+  grove check-reward brevity.py:brevity                  is it fit for a run? tried on recorded trees
   grove config experiment=hop_search                     every setting of that run
   grove config --keys rollout                            what can be set, with types, defaults and meaning
   source <(grove completion bash)                        Tab completes commands, keys and choices
@@ -62,6 +64,19 @@ examples:
   grove replay runs/hop_search-seed0 credit=grpo
   grove replay runs/hop_search-seed0 credit.terms.fork.weight=0.3 rewards.sources.progress.weight=0.5
   grove replay runs/hop_search-seed0 select=dapo --steps 10:20       only steps 10 to 20
+"""
+
+CHECK_REWARD = """\
+Tries a reward on recorded trees, in a process and under a deadline as a run would: arguments, failures, range,
+determinism, time, empty and endless steps, correlation with length and with the outcome. Ends with what to type to use
+it. Exits with 1 where a run could not use it.
+"""
+
+CHECK_REWARD_EXAMPLES = """\
+examples:
+  grove check-reward my_rewards.py:brevity
+  grove check-reward my_rewards.py:brevity --trees runs/hop_search-seed0      on the trees of a run of yours
+  grove check-reward my_rewards.py:bonus --arg size=0.5 --column level=3
 """
 
 CONFIG_EXAMPLES = """\
@@ -146,6 +161,26 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(replay, "of rewards, select or credit")
     replay.set_defaults(run=_replay)
 
+    check = commands.add_parser(
+        "check-reward",
+        help="is a reward fit for a run?",
+        description=CHECK_REWARD,
+        epilog=CHECK_REWARD_EXAMPLES,
+        **look,
+    )
+    check.add_argument("fn", metavar="FILE:NAME", help="the function or class, as rewards.sources.NAME.fn")
+    check.add_argument("--trees", default="", metavar="RUN_OR_FILE", help="recorded trees (default: a sample)")
+    check.add_argument("--level", default="", choices=("step", "trajectory"), help="as rewards.sources.NAME.level")
+    check.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the function")
+    check.add_argument("--column", action="append", default=[], metavar="NAME=VALUE", help="a column of your data")
+    check.add_argument("--timeout", type=float, metavar="S", help="seconds for all scores of one tree")
+    check.set_defaults(run=_check_reward)
+
+    new = commands.add_parser("new", help="files to start from", **look)
+    new.add_argument("what", choices=("reward",), help="what to start")
+    new.add_argument("name", metavar="NAME", help="its name: a file NAME.py and a test are written here")
+    new.set_defaults(run=_new)
+
     config = commands.add_parser("config", help="show settings", epilog=CONFIG_EXAMPLES, **look)
     _add_settings(config)
     config.add_argument("--keys", action="store_true", help="list what can be set; words narrow the list")
@@ -215,6 +250,52 @@ def _replay(arguments: argparse.Namespace) -> int:
     replay = replay_run(folder, arguments.overrides, arguments.steps, _warn, arguments.config_dir)
     print_rich(replay_table(replay))
     print(write_replay(replay))
+    return 0
+
+
+def _check_reward(arguments: argparse.Namespace) -> int:
+    from rich import print as print_rich
+
+    from conf.schema import SourceConfig
+    from rl.check_reward import check_reward, check_table, recorded_trees_of
+
+    check = check_reward(
+        arguments.fn,
+        recorded_trees_of(arguments.trees),
+        args=_named_values("--arg", arguments.arg),
+        columns=_named_values("--column", arguments.column),
+        level=arguments.level,
+        timeout_s=arguments.timeout or SourceConfig().timeout_s,
+    )
+    print_rich(check_table(check))
+    if check.passed:
+        print(f"grove train experiment=hop_search {check.setting}")
+    return 0 if check.passed else 1
+
+
+def _named_values(option: str, texts: list[str]) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f'{option} "{text}" names no value. Write {option} NAME=VALUE, e.g. {option} size=0.5.')
+        values[name] = yaml.safe_load(value)
+    return values
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    from rl.scaffold import new_reward
+
+    reward, test = new_reward(arguments.name, Path.cwd())
+    _print_lines(
+        [
+            f"wrote {reward.name} and {test.name}; next:",
+            f"  python -m pytest {test.name}",
+            f"  grove check-reward {reward.name}:{arguments.name}",
+        ]
+    )
     return 0
 
 
