@@ -7,16 +7,20 @@ from pathlib import Path
 
 from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
 
-COMMANDS = ("train", "eval", "report", "replay", "config", "completion")
+COMMANDS = ("train", "eval", "report", "replay", "check-reward", "new", "config", "completion")
 OPTIONS = {
     "train": ["--config-dir", "--help"],
     "eval": ["--prompts", "--help"],
     "report": ["--help"],
-    "replay": ["--steps", "--help"],
+    "replay": ["--steps", "--config-dir", "--help"],
+    "check-reward": ["--trees", "--level", "--arg", "--column", "--timeout", "--help"],
+    "new": ["--help"],
     "config": ["--config-dir", "--keys", "--check", "--help"],
     "completion": ["--help"],
 }
 SHELLS = ("bash", "zsh")
+NOUNS = {"completion": SHELLS, "new": ("reward",)}
+"""What follows a command at once."""
 
 BASH = r"""# Completion of grove for bash. Use it with: source <(grove completion bash)
 _grove() {
@@ -70,8 +74,8 @@ def candidates(words: list[str]) -> list[str]:
         return _beginning(word, COMMANDS)
     if word.startswith("-"):
         return _beginning(word, OPTIONS.get(command, []))
-    if command == "completion":
-        return _beginning(word, SHELLS)
+    if command in NOUNS and len(words) == 2:
+        return _beginning(word, NOUNS[command])
     if command not in ("train", "config", "eval", "replay") or words[-2] in ("--config-dir", "--steps"):
         return []
     if command in ("eval", "replay") and len(words) == 2:

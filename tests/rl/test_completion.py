@@ -1,5 +1,6 @@
 """What Tab offers."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rl import completion
-from rl.cli import main
+from rl.cli import _parser, main
 from rl.completion import candidates
 
 
@@ -41,11 +42,21 @@ from rl.completion import candidates
         (["replay", "runs/x", "--s"], ["--steps"]),
         (["replay", "runs/x", "--steps", ""], []),
         (["replay", "runs/x", "credit=tree_g"], ["credit=tree_grpo"]),
+        (["new", ""], ["reward"]),
+        (["check-reward", "--c"], ["--column"]),
         ([], list(completion.COMMANDS)),
     ],
 )
 def test_words_that_may_follow(words: list[str], found: list[str]):
     assert candidates(words) == found
+
+
+def test_every_command_and_option_of_the_parser_is_known():
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert set(completion.COMMANDS) == set(commands.choices)
+    for name, parser in commands.choices.items():
+        options = {option for action in parser._actions for option in action.option_strings if option != "-h"}
+        assert set(completion.OPTIONS[name]) == options
 
 
 @pytest.mark.parametrize("option", [["--config-dir", "{}"], ["--config-dir={}"]])
