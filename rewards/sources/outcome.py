@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
 from fractions import Fraction
 
 from rollout.types import StepFacts
@@ -13,6 +15,8 @@ NUMBER = re.compile(rf"(?<![\w.])(-?\$?-?)({UNSIGNED})(?:\s?/\s?({UNSIGNED}))?")
 MARKED = re.compile(r"####(.*)")
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+PUNCTUATION = frozenset(string.punctuation)
+ARTICLES = frozenset({"a", "an", "the"})
 MAX_DIGITS = 100
 """Longer digit strings are no answer; Python refuses to convert those above 4,300."""
 
@@ -36,6 +40,28 @@ def numeric_match(facts: StepFacts, answer: str) -> float:
     if expected is None:
         raise ValueError(f'the reference answer "{answer[:80]}" holds no number; score it with exact_match')
     return float(facts.answer is not None and number_in(facts.answer) == expected)
+
+
+def token_f1(facts: StepFacts, answer: str) -> float:
+    """Overlap of the final answer's words with the reference's, in [0, 1]; 0 without an answer.
+
+    F1 = 2 |common| / (|answer| + |reference|), words counted as often as they stand, after lower case and without
+    punctuation and the articles a, an, the; SQuAD, arXiv 1606.05250. Where both are empty after that, exact match.
+
+    Raises: ValueError when the prompt has no reference answer, which is a failed score and not a wrong answer.
+    """
+    _require_reference(answer)
+    if facts.answer is None:
+        return 0.0
+    given, wanted = _words(facts.answer), _words(answer)
+    if not given and not wanted:
+        return float(normalized(facts.answer) == normalized(answer))
+    return 2 * (given & wanted).total() / (given.total() + wanted.total())
+
+
+def _words(text: str) -> Counter[str]:
+    words = "".join(" " if letter in PUNCTUATION else letter for letter in text.casefold()).split()
+    return Counter(word for word in words if word not in ARTICLES)
 
 
 def normalized(text: str) -> str:

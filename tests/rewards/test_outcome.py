@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.drawn import answer_facts, call_facts, malformed_facts
-from rewards.sources.outcome import exact_match, number_in, numeric_match
+from rewards.sources.outcome import exact_match, number_in, numeric_match, token_f1
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,24 @@ def test_prompt_without_a_reference_is_an_error_and_not_a_wrong_answer():
         exact_match(answer_facts("Mia"), "")
     with pytest.raises(ValueError, match=r'the reference answer "Mia" holds no number; score it with exact_match'):
         numeric_match(answer_facts("3"), "Mia")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "score"),
+    [
+        ("the Eiffel Tower", "Eiffel Tower, Paris", 0.8),  # 2 common of 2 and 3: 2 * 2 / 5
+        ("Paris", "paris.", 1.0),
+        ("a cat, a cat", "cat", 2 / 3),  # the word counts as often as it stands: 2 * 1 / 3
+        ("London", "Paris", 0.0),
+        ("the", "a", 0.0),  # nothing is left of either, and they are not the same
+        ("the", "The", 1.0),
+    ],
+)
+def test_words_in_common(given: str, wanted: str, score: float):
+    assert token_f1(answer_facts(given), wanted) == pytest.approx(score)
+
+
+def test_no_answer_has_no_words_in_common_and_no_reference_is_no_score():
+    assert token_f1(call_facts(), "Paris") == 0
+    with pytest.raises(ValueError, match="no reference answer"):
+        token_f1(answer_facts("Paris"), " ")

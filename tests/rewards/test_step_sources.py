@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from rewards.drawn import answer_facts, call_facts, malformed_facts, parse_tree, row_of
+from rewards.sources.calls import new_observation, repeated_call
 from rewards.sources.format import format_ok, tool_success
 from rewards.sources.hop_search import progress
-from rollout.tree import Tree
-from rollout.types import StopReason
+from rollout.tree import Node, Tree
+from rollout.types import StepFacts, StopReason
 
 RELATIONS = ["teacher", "friend"]
 PEOPLE = ["Anna Reed", "Tom Hill", "Mia Cole"]
@@ -61,3 +62,34 @@ def test_tool_success_has_nothing_to_say_of_a_step_without_a_call():
 def test_format_is_worthless_only_where_the_turn_cannot_be_read():
     tree = parse_tree("q -> lost -> (mia, mumble)", facts=FACTS, stops={"mumble": StopReason.malformed})
     assert [format_ok(node) for node in tree.nodes] == [1.0, 1.0, 0.0]
+
+
+def along(text: str, facts: dict[str, StepFacts]) -> list[tuple[Node, list[Node]]]:
+    tree = parse_tree(text, facts=facts)
+    path = [tree.nodes[row] for row in tree.path(len(tree.nodes) - 1)]
+    return [(step, path[: place + 1]) for place, step in enumerate(path)]
+
+
+def test_a_call_in_the_same_words_is_a_repeat_refused_or_not():
+    facts = {
+        "first": call_facts("school", person="Anna"),
+        "other": call_facts("office", person="Anna"),
+        "again": call_facts("school", ok=False, person="Anna"),
+        "mia": answer_facts("Mia"),
+    }
+    assert [repeated_call(*each) for each in along("q -> first -> other -> again -> mia", facts)] == [0, 0, 1, None]
+
+
+def test_each_of_several_calls_in_a_turn_counts():
+    both = call_facts("school", person="Anna")
+    both.later_calls.append({"tool": "school", "arguments": {"person": "Anna"}, "tool_ok": True, "result": "Tom"})
+    both.later_calls.append({"tool": "school", "arguments": {"person": "Tom"}, "tool_ok": True, "result": "Mia"})
+    steps = along("q -> both -> mia", {"both": both, "mia": answer_facts("Mia")})
+    assert repeated_call(*steps[0]) == pytest.approx(1 / 3)
+
+
+def test_what_was_heard_before_is_not_new():
+    steps = along("q -> a -> b -> c", {})
+    for (step, _), said in zip(steps, ("Tom", "Tom", ""), strict=True):
+        step.observation_text = said
+    assert [new_observation(*each) for each in steps] == [1, 0, None]
