@@ -7,24 +7,31 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from conf.errors import ConfigError
 
+ENTRY_POINTS = "grove.plugins"
+"""Group of the entry points by which an installed package gives its functions short names."""
+
 
 def load_object(spec: str, *, key: str) -> Any:
     """The object that `spec` names.
 
     Args:
-        spec: "file.py:name", "package.module:name" or "package.module.name".
+        spec: "file.py:name", "package.module:name", "package.module.name", or the bare name of an entry point of
+            `ENTRY_POINTS` that an installed package has.
         key: config key the spec came from, for messages.
     Raises: ConfigError when the file, module or name does not exist, or importing it raises.
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
         place, _, name = spec.rpartition(".")
+    if name and not place and not colon:
+        place, name = _entry_point(name, key)
     if not place or not name:
         raise ConfigError(f'{key}="{spec}" names no function: write "file.py:name" or "package.module:name".')
     module = _load_file(Path(place), key) if place.endswith(".py") else _load_module(place, key)
@@ -33,6 +40,18 @@ def load_object(spec: str, *, key: str) -> Any:
         hint = f' Did you mean "{place}:{near[0]}"?' if near else ""
         raise ConfigError(f'{key}="{spec}": {place} defines no "{name}".{hint}')
     return getattr(module, name)
+
+
+def _entry_point(name: str, key: str) -> tuple[str, str]:
+    """Module and attribute of an installed package's entry point."""
+    found = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    if name not in found:
+        known = f"installed packages offer {', '.join(sorted(found))}" if found else "no installed package offers any"
+        raise ConfigError(
+            f'{key}="{name}" names no function: write "file.py:name" or "package.module:name". A bare name is an entry '
+            f'point of the group "{ENTRY_POINTS}", and {known}.'
+        )
+    return found[name].module, found[name].attr
 
 
 def _load_file(path: Path, key: str) -> ModuleType:
