@@ -126,7 +126,9 @@ class Run:
                     f"the resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
                 )
             history = {name: Moments(**seen) for name, seen in stored["run"].get("history", {}).items()}
-            self.state = RunState(**{**stored["run"], "history": history})
+            # A checkpoint from before batches were refilled lacks what was drawn: each step drew as many prompts.
+            drawn = stored["run"]["step"] * self.cfg.rollout.prompts_per_step
+            self.state = RunState(**{"drawn_prompts": drawn, **stored["run"], "history": history})
             self._checkpointed_step = self.state.step
             self._ask(self._learner.load(str(found.path)), "the learner to load its checkpoint")
             assert self._parts.publisher is not None, "a training run publishes weights"
