@@ -14,6 +14,8 @@ from rl.check_reward import SAMPLE, RewardCheck, Verdict, check_reward, recorded
 from rl.cli import main
 from rl.record import RecordedTree, write_records
 
+pytestmark = pytest.mark.slow  # every check starts three processes
+
 REWARDS = """
 import os, time
 

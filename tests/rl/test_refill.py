@@ -39,6 +39,7 @@ class TwoAnswers:
 
     def __init__(self, mixed: set[str]) -> None:
         self.mixed, self.seeds, self.batches = mixed, [], []
+        self.rewards = compose(OVERRIDES).rewards
 
     def grow(self, prompts: list[Prompt], seed: int) -> Iterator[tuple[int, Tree]]:
         self.seeds.append(seed)
@@ -55,7 +56,7 @@ class TwoAnswers:
         right = float(prompt_id in self.mixed)
         scored = parse_scored("q -> (a, b)", outcomes={"a": right, "b": 0.0}, prompt_id=prompt_id)
         scored.leaf_scores = {"answer": scored.leaf_scores["outcome"]}
-        return blend(scored, compose(OVERRIDES).rewards)
+        return blend(scored, self.rewards)
 
 
 OVERRIDES = [
