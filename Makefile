@@ -47,7 +47,7 @@ demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
 test: install ## run all tests; those that need a CUDA device are skipped without one
 	@$(PYTEST) $(ARGS)
 
-test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in under a minute
+test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about a minute
 	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
 
 lint: install ## check style, formatting and types
