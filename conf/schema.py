@@ -311,6 +311,27 @@ class OptimizerKind(Enum):
     """Moments in 8 bits, a quarter of the memory."""
 
 
+class ModelKind(Enum):
+    """Who answers for a model that rewards ask."""
+
+    endpoint = "endpoint"
+    """A server that speaks OpenAI's chat protocol: a provider's, `vllm serve`, ..."""
+    vllm = "vllm"
+    """A vLLM engine of this run's own."""
+    transformers = "transformers"
+    """Plain transformers: slow and exact, the reference for the others."""
+
+
+class Cache(Enum):
+    """Whether answers of a source are kept by the content they were given for."""
+
+    auto = "auto"
+    """on for a source that asks a model, else off."""
+    on = "on"
+    """The answer may depend on texts, tokens, facts and columns alone: on no log-probs, no clock, no row numbers."""
+    off = "off"
+
+
 class TrackerMode(Enum):
     """Where wandb writes."""
 
@@ -515,6 +536,62 @@ class RolloutConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RewardModelConfig:
+    """A model that reward sources ask: a judge, or a process reward model."""
+
+    kind: ModelKind = ModelKind.endpoint
+    path: str = ""
+    """endpoint: the model's name there; else a folder or hub name."""
+    url: str = ""
+    """endpoint: base address, e.g. https://api.openai.com/v1."""
+    api_key_env: str = ""
+    """endpoint: environment variable that holds the key; "" for a server that wants none."""
+    timeout_s: float = 60.0
+    """Longest wait for one reply, each try by itself."""
+    max_concurrent: int = 32
+    """Requests on their way at once."""
+    requests_per_minute: int = 0
+    """endpoint: most requests started in a minute, tries included; 0 for no limit."""
+    max_retries: int = 4
+    """endpoint: tries after the first, with growing pauses, where the server was busy, broken or not reached."""
+    breaker_failures: int = 8
+    """endpoint: after so many requests in a row were lost, the next ones fail at once ..."""
+    breaker_rest_s: float = 30.0
+    """... for so long; then one is tried."""
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    """Tokens of one reply."""
+    structured: bool = True
+    """Ask for replies in the form of the source's JSON schema; false for servers that do not know response_format.
+    Replies are held against the schema either way."""
+    usd_per_million_prompt_tokens: float = 0.0
+    usd_per_million_reply_tokens: float = 0.0
+    """Prices, for the metrics."""
+    family: str = ""
+    """Process reward models: how steps are marked and scores are read; docs/rewards.md lists the families."""
+    dtype: str = "float32"
+    """vllm, transformers: float32, bfloat16 or float16."""
+    max_context_tokens: int = 4096
+    """vllm, transformers."""
+    kv_cache_mib: int = 256
+    """vllm on CPU: key-value cache, in MiB."""
+    gpu_memory_share: float = 0.3
+    """vllm: share of a GPU's memory it may take."""
+    tensor_parallel_size: int = 1
+    """vllm: GPUs of the engine."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PartConfig:
+    """One named part of what a source returns."""
+
+    weight: float = 1.0
+    """Factor beside the source's own weight."""
+    signal: str = ""
+    """Signal the part adds to; "" for the source's."""
+
+
+@dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One reward source."""
 
@@ -523,7 +600,13 @@ class SourceConfig:
     target: str = ""
     """The same as a dotted path ("package.module.name"), in YAML written `_target_`."""
     level: str = ""
-    """"step" or "trajectory"; "" reads it from the arguments: a function that asks for `step` scores steps."""
+    """"step", "trajectory", "pair" or "tree"; "" reads it from the arguments: a function that asks for `step` scores
+    steps, one that asks for `other` or `other_trajectory` compares two."""
+    model: str = ""
+    """Name under rewards.models, for a function that asks for `model`."""
+    parts: dict[str, PartConfig] = field(default_factory=dict)
+    """Weights and signals of named parts, for a function that returns them; a part not named here has weight 1."""
+    cache: Cache = Cache.auto
     weight: float = 1.0
     """Factor of this source in its signal; 0 records the score and trains nothing."""
     signal: str = ""
@@ -539,6 +622,8 @@ class RewardsConfig:
     """Who scores, and how much may fail."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    models: dict[str, RewardModelConfig] = field(default_factory=dict)
+    """What sources may ask: rewards.sources.NAME.model names one."""
     max_failed_share: float = 0.05
     """Share of one source's scores in a step's batch that may fail or time out before the run stops."""
     num_processes: int = 1

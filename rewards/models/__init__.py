@@ -1,0 +1,1 @@
+"""Models that rewards ask: judges and process reward models, whoever serves them."""
