@@ -50,6 +50,8 @@ GSPO_CLIP = 0.05
 GROUPS_OF_TRAJECTORIES = (Scope.prompt, Scope.tree, Scope.batch)
 """Scopes in which whole trajectories can be compared."""
 ANCESTORS = (Scope.ancestors, Scope.ancestors_by_size)
+BASELINES = (Scope.parent_value, Scope.root_value, Scope.critic)
+"""Scopes that are a value to compare with, not a group."""
 BROADCASTS = (Return.broadcast, Return.broadcast_mean)
 TOKEN_MEANS = (Normalizer.token_leave_one_out, Normalizer.token_leave_one_out_released)
 FORGETS_SIZE = (Normalizer.zscore, Normalizer.whiten, Normalizer.rank)
@@ -182,14 +184,16 @@ def source_levels(cfg: Config) -> list[Problem]:
 
 def no_secrets_in_args(cfg: Config) -> list[Problem]:
     """The configuration is written to the run folder and to the tracker."""
+    args = {f"rewards.sources.{name}.args": source.args for name, source in cfg.rewards.sources.items()}
+    args |= {f"credit.terms.{name}.args": term.args for name, term in cfg.credit.terms.items()}
     return [
         Problem(
-            f"rewards.sources.{name}.args.{arg} looks like a secret, and the configuration is written to the run "
-            f"folder and sent to the tracker. Read it from the environment in your function, and name the variable in "
+            f"{key}.{arg} looks like a secret, and the configuration is written to the run folder and sent to the "
+            f"tracker. Read it from the environment in your function; for a reward, name the variable in "
             f"rewards.pass_env."
         )
-        for name, source in cfg.rewards.sources.items()
-        for arg, value in source.args.items()
+        for key, of_function in args.items()
+        for arg, value in of_function.items()
         if SECRET_NAME.search(str(arg)) and value
     ]
 
@@ -286,7 +290,7 @@ def term_faults(cfg: CreditConfig) -> list[str]:
 def _faults_of(term: TermConfig) -> list[tuple[bool, str]]:
     """(whether it is so, what is wrong) for every way in which the parts of a term can fail to fit."""
     is_step = term.level is Level.step
-    baseline = term.scope in (Scope.parent_value, Scope.root_value, Scope.critic)
+    baseline = term.scope in BASELINES
     scopes = ", ".join(scope.value for scope in GROUPS_OF_TRAJECTORIES)
     return [
         *_faults_of_function(term),
@@ -392,7 +396,7 @@ def _faults_of_function(term: TermConfig) -> list[tuple[bool, str]]:
             f"do it in the function.",
         ),
         (
-            bool(term.fn) and term.scope in (Scope.parent_value, Scope.root_value, Scope.critic),
+            bool(term.fn) and term.scope in BASELINES,
             f'.scope={term.scope.value} needs a value of the state before, which fn="{term.fn}" does not give. '
             f"Subtract it in the function, with scope=prompt and normalizer=none.",
         ),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from conf.errors import ConfigError
 from conf.schema import Level, RewardsConfig, SourceConfig
 from rewards.base import default_signal
-from rewards.types import Score, ScoredTree, ScoreStatus
+from rewards.types import BROKEN, Score, ScoredTree
 
 Weighted = tuple[str, float, Score]
 """A source's name, its weight, and what it said of one row."""
@@ -39,7 +39,7 @@ def blend(scored: ScoredTree, cfg: RewardsConfig) -> ScoredTree:
 def blended(said: Iterable[Weighted]) -> Score:
     """One row's signal from what its sources said; every weight counts, so leave out sources of weight 0."""
     said = list(said)
-    for status in (ScoreStatus.failed, ScoreStatus.timed_out):
+    for status in BROKEN:
         for source, _, score in said:
             if score.status is status:
                 return Score(math.nan, status, f"{source}: {score.reason}")

@@ -12,10 +12,9 @@ from conf.schema import Level, RewardsConfig
 from rewards.base import Source, build_sources
 from rewards.blend import blend
 from rewards.sandbox import Answer, Sandbox
-from rewards.types import Score, ScoredTree, ScoreStatus
+from rewards.types import BROKEN, Score, ScoredTree, ScoreStatus
 from rollout.tree import Tree
 
-BROKEN = (ScoreStatus.failed, ScoreStatus.timed_out)
 MAX_EXAMPLE_CHARS = 200
 
 

@@ -18,6 +18,10 @@ class ScoreStatus(StrEnum):
     not_applicable = "not_applicable"
 
 
+BROKEN = (ScoreStatus.failed, ScoreStatus.timed_out)
+"""The source was asked and its value is unknown."""
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """What one source says of one step or one trajectory."""

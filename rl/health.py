@@ -56,7 +56,7 @@ def signal_metrics(scored: Sequence[ScoredTree], forest: Forest) -> dict[str, fl
         f"health/{name}_agreement_share": agreement(path_mean(forest, value_N), outcome_L, forest.prompt_L)
         for name, value_N in values.items()
     }
-    tokens_L = _path_sum(forest, forest.num_actions_N.double())
+    tokens_L = path_sum(forest, forest.num_actions_N.double())
     metrics |= {
         "health/outcome_steps_correlation": within_correlation(forest.length_L.double(), outcome_L, forest.prompt_L),
         "health/outcome_tokens_correlation": within_correlation(tokens_L, outcome_L, forest.prompt_L),
@@ -92,7 +92,7 @@ def step_source_values(scored: Sequence[ScoredTree], forest: Forest) -> dict[str
 def path_mean(forest: Forest, value_N: Tensor) -> Tensor:
     """Mean over each trajectory's steps that have a value, float64 [L]; NaN where none has."""
     has_N = (~value_N.isnan()).double()
-    return _path_sum(forest, torch.where(has_N > 0, value_N, 0).double()) / _path_sum(forest, has_N)
+    return path_sum(forest, torch.where(has_N > 0, value_N, 0).double()) / path_sum(forest, has_N)
 
 
 def agreement(value_X: Tensor, outcome_X: Tensor, group_X: Tensor) -> float:
@@ -180,7 +180,8 @@ def _share(is_X: Tensor) -> float:
     return int(is_X.sum()) / len(is_X) if len(is_X) else math.nan
 
 
-def _path_sum(forest: Forest, value_N: Tensor) -> Tensor:
+def path_sum(forest: Forest, value_N: Tensor) -> Tensor:
+    """Sum over the steps of each trajectory: float [N] -> float [L]."""
     zeros_L = value_N.new_zeros(len(forest.leaf_node_L))
     return zeros_L.index_add(0, forest.pair_leaf_P, value_N[forest.pair_node_P])
 

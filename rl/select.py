@@ -11,14 +11,13 @@ from enum import StrEnum
 
 from conf.errors import ConfigError
 from conf.schema import Keep, SelectConfig
-from rewards.types import ScoredTree, ScoreStatus
+from rewards.types import BROKEN, ScoredTree
 from rl.credit.assign import Credit
 from rl.credit.forest import Forest
 from rollout.seeds import derive_seed
 
 CENTRE = 0.5
 """Of step scores in [0, 1]. A class of trajectories moves as one with it, so that no choice depends on it."""
-_BROKEN = (ScoreStatus.failed, ScoreStatus.timed_out)
 
 
 class Reason(StrEnum):
@@ -198,7 +197,7 @@ def _judged(scored: ScoredTree, leaf: int, lot: float, cfg: SelectConfig) -> Jud
     path = scored.tree.path(leaf)
     table = scored.step_scores.get(cfg.step_source, {})
     said = [score for row in path if (score := table.get(row)) is not None]
-    if any(score.status in _BROKEN for score in said):
+    if any(score.status in BROKEN for score in said):
         return None
     agreement = consistency([score.value for score in said if score.is_scored], is_right=right)
     # Outside the sign, as in the authors' code: the paper's formula would raise a wrong answer given in one step.

@@ -10,13 +10,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rewards.types import Score, ScoredTree, ScoreStatus
+from rewards.types import BROKEN, Score, ScoredTree, ScoreStatus
 from rollout.tree import ROOT, Node, Tree
 
 Signals = dict[str, dict[int, Score]]
 """signal -> row of a tree -> score."""
 
-_BROKEN = frozenset({ScoreStatus.failed, ScoreStatus.timed_out})
 _UNASKED = Score.not_applicable()
 
 
@@ -182,7 +181,7 @@ def _signals(per_tree: list[Signals], items: list[tuple[int, int]]) -> tuple[dic
         values[name] = torch.tensor(
             [score.value if score.status is ScoreStatus.scored else math.nan for score in scores], dtype=torch.float64
         )
-        failed[name] = torch.tensor([score.status in _BROKEN for score in scores], dtype=torch.bool)
+        failed[name] = torch.tensor([score.status in BROKEN for score in scores], dtype=torch.bool)
     return values, failed
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conf.check_credit import ANCESTORS, BASELINES, TOKEN_MEANS
 from conf.schema import Backup, Combine, Compare, Level, Normalizer, Return, Scope, TermConfig
 from rl.credit.backup import backed_up, continuation_weights, mean_of_groups
 from rl.credit.cases import four_cases
@@ -29,11 +30,6 @@ from rl.credit.signals import (
     to_go_values,
     unbroken_to_go,
 )
-
-TOKEN_MEANS = (Normalizer.token_leave_one_out, Normalizer.token_leave_one_out_released)
-ANCESTORS = (Scope.ancestors, Scope.ancestors_by_size)
-BASELINES = (Scope.parent_value, Scope.root_value, Scope.critic)
-"""Scopes that are a value to compare with, not a group."""
 
 
 @dataclass(frozen=True, slots=True)
