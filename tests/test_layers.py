@@ -30,11 +30,16 @@ RAY_FILES = {
     "rl/launch.py",
 }
 MATHS = [
-    *("rl/credit/*.py", "rewards/blend.py"),
+    *("rl/credit/*.py", "rewards/blend.py", "rewards/matching.py"),
     *(f"rl/policy/{name}.py" for name in ("pack", "mask", "logprobs", "loss", "aggregate", "custom", "divergence")),
     *(f"rl/policy/{name}.py" for name in ("mismatch", "objective", "tree_credits")),
 ]
-DISTRIBUTION_OF = {"hydra": "hydra-core", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTION_OF = {
+    "hydra": "hydra-core",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "math_verify": "math-verify",
+}
 NOT_IN_MATHS = {"ray", "vllm", "hydra", "omegaconf", "wandb", "trl"}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rewards.drawn import answer_facts, call_facts, malformed_facts, parse_tree, row_of
-from rewards.sources.calls import new_observation, repeated_call
+from rewards.sources.calls import StateNovelty, new_observation, repeated_call
 from rewards.sources.format import format_ok, tool_success
 from rewards.sources.hop_search import progress
 from rollout.tree import Node, Tree
@@ -93,3 +95,35 @@ def test_what_was_heard_before_is_not_new():
     for (step, _), said in zip(steps, ("Tom", "Tom", ""), strict=True):
         step.observation_text = said
     assert [new_observation(*each) for each in steps] == [1, 0, None]
+
+
+def test_a_reply_is_worth_less_the_more_steps_of_the_tree_heard_it():
+    tree = parse_tree("q -> (a -> a1, b -> b1, c -> c1, d)")
+    for name, said in {"a": "Tom", "b": "Tom", "c": "Mia"}.items():
+        tree.nodes[row_of(tree, name)].observation_text = said
+    novelty = StateNovelty()
+    found = [novelty(tree.nodes[row_of(tree, name)], tree) for name in ("a", "b", "c", "d")]
+    assert found == [pytest.approx(0.5**0.5), pytest.approx(0.5**0.5), 1.0, None]
+    assert novelty(parse_tree("q -> a").nodes[0], tree) is None
+
+
+def test_what_a_step_heard_is_counted_in_its_own_tree_and_as_that_tree_grows():
+    novelty = StateNovelty()
+    for number in (1, 2, 4):
+        tree = parse_tree("q -> (" + ", ".join(f"s{place}" for place in range(number)) + ")")
+        for node in tree.nodes:
+            node.observation_text = "same"
+        assert novelty(tree.nodes[0], tree) == pytest.approx(number**-0.5)
+    tree.add(Node(parent=-1, action_ids=[], action_logprobs=[], facts=tree.nodes[0].facts, stop=StopReason.answered,
+                  version=0, observation_text="same"))  # fmt: skip
+    assert novelty(tree.nodes[0], tree) == pytest.approx(5**-0.5)
+
+
+@given(st.lists(st.sampled_from(["", "x", "y", "z"]), min_size=1, max_size=12))
+def test_the_squares_of_all_novelties_add_up_to_the_number_of_different_replies(replies):
+    tree = parse_tree("q -> (" + ", ".join(f"s{place}" for place in range(len(replies))) + ")")
+    for node, said in zip(tree.nodes, replies, strict=True):
+        node.observation_text = said
+    novelty = StateNovelty()
+    total = sum((novelty(node, tree) or 0) ** 2 for node in tree.nodes)
+    assert total == pytest.approx(len({said for said in replies if said}))

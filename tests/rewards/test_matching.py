@@ -1,3 +1,7 @@
+"""How like predicted calls are to a reference's, and what each step is worth."""
+
+from __future__ import annotations
+
 import itertools
 
 import pytest
@@ -5,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.credit.matching import assigned, assigned_greedily, similarity, step_rewards, transported
+from rewards.matching import assigned, assigned_greedily, similarity, step_rewards, transported
 
 WANTED = ("search", {"query": "x", "limit": 3})
 
