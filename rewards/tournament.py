@@ -1,13 +1,14 @@
 """Tournaments: places of trajectories from games between two of them, as ArenaRL (arXiv 2601.06487) ranks them.
 
-A place is 0 for the best; equal places are ties. `play` is given all games of a round at once, so that a judge can
-answer them together, and returns the points that each side of each game gets. Which games are played, and that the
-first of two equal sides goes on, is as in the authors' code; how a whole bracket is drawn is our reading.
+A place is 0 for the best; equal places are ties. A tournament yields all games of a round at once, so that a judge can
+answer them together, and is sent the points that each side of each game gets: `played` and `played_async` see to that.
+Which games are played, and that the first of two equal sides goes on, is as in the authors' code; how a whole bracket
+is drawn is our reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import TypeVar
 
 from conf.errors import DataError
@@ -16,24 +17,48 @@ Game = tuple[int, int]
 Points = tuple[float, float]
 Play = Callable[[Sequence[Game]], Sequence[Points]]
 """Points of both sides of each game, in the order of the games; higher is better."""
+Tournament = Generator[Sequence[Game], Sequence[Points], list[int]]
+"""Yields the games of a round, is sent their points, and returns the place of each player."""
 
 
-def round_robin(num_players: int, play: Play) -> list[int]:
+def played(tournament: Tournament, play: Play) -> list[int]:
+    """Places, with games played by a function."""
+    try:
+        games = next(tournament)
+        while True:
+            games = tournament.send(play(games))
+    except StopIteration as end:
+        return end.value
+
+
+async def played_async(
+    tournament: Tournament, play: Callable[[Sequence[Game]], Awaitable[Sequence[Points]]]
+) -> list[int]:
+    """Places, with games that are waited for."""
+    try:
+        games = next(tournament)
+        while True:
+            games = tournament.send(await play(games))
+    except StopIteration as end:
+        return end.value
+
+
+def round_robin(num_players: int) -> Tournament:
     """Everyone against everyone, n (n - 1) / 2 games; places by the sum of points, ties stay ties."""
     _require_two(num_players)
     games = [(one, two) for one in range(num_players) for two in range(one + 1, num_players)]
-    return places_of(_totals(num_players, games, play(games)))
+    return places_of(_totals(num_players, games, (yield games)))
 
 
-def anchored(num_players: int, play: Play, anchor: int = 0) -> list[int]:
+def anchored(num_players: int, anchor: int = 0) -> Tournament:
     """Everyone against one anchor, n - 1 games; places by points, the anchor's are the mean of what it got.
 
     ArenaRL's anchor is a trajectory decoded greedily.
     """
-    return places_of(_seed_points(num_players, play, anchor))
+    return places_of((yield from _seed_points(num_players, anchor)))
 
 
-def single_elimination(num_players: int, play: Play, anchor: int = 0) -> list[int]:
+def single_elimination(num_players: int, anchor: int = 0) -> Tournament:
     """Games against the anchor give the seeds, then the loser of each game is out; 2 (n - 1) games, no ties.
 
     High seeds meet late, and the highest have no game in the first round where n is no power of two. Those who lose in
@@ -42,7 +67,7 @@ def single_elimination(num_players: int, play: Play, anchor: int = 0) -> list[in
     Returns: place of each player, 0 to n - 1.
     Raises: DataError for fewer than two players.
     """
-    total = _seed_points(num_players, play, anchor)
+    total = yield from _seed_points(num_players, anchor)
     points = [[each] for each in total]
     standing = sorted(range(num_players), key=lambda player: (-total[player], player))
     bracket = _bracket(standing)
@@ -50,7 +75,7 @@ def single_elimination(num_players: int, play: Play, anchor: int = 0) -> list[in
     while len(bracket) > 1:
         pairs = [(bracket[place], bracket[place + 1]) for place in range(0, len(bracket), 2)]
         games = [(one, two) for one, two in pairs if one is not None and two is not None]
-        winner, losers = _winners(games, play(games), points)
+        winner, losers = _winners(games, (yield games), points)
         bracket = [one if two is None else two if one is None else winner[one, two] for one, two in pairs]
         out.append(losers)
     champion = bracket[0]
@@ -58,20 +83,20 @@ def single_elimination(num_players: int, play: Play, anchor: int = 0) -> list[in
     return _placed([[champion], *reversed(out)], points)
 
 
-def double_elimination(num_players: int, play: Play, anchor: int = 0) -> list[int]:
+def double_elimination(num_players: int, anchor: int = 0) -> Tournament:
     """As `single_elimination`, but out is who has lost twice; at the end the one unbeaten plays the one beaten once.
 
     Those who lost once play on among themselves, in the order in which they came down; between 3 (n - 1) and
     3 (n - 1) + 1 games, seeding included, for the last may have to be played again.
     """
-    total = _seed_points(num_players, play, anchor)
+    total = yield from _seed_points(num_players, anchor)
     points = [[each] for each in total]
     unbeaten = sorted(range(num_players), key=lambda player: (-total[player], player))
     beaten_once: list[int] = []
     out: list[list[int]] = []
     while len(unbeaten) > 1 or len(beaten_once) > 1:
         upper, lower = _round_of(unbeaten), _round_of(beaten_once)
-        results = play([*upper, *lower])
+        results = yield [*upper, *lower]
         winners, fallen = _winners(upper, results[: len(upper)], points)
         lower_winners, losers = _winners(lower, results[len(upper) :], points)
         if losers:
@@ -79,14 +104,14 @@ def double_elimination(num_players: int, play: Play, anchor: int = 0) -> list[in
         unbeaten = _left(unbeaten, upper, winners)
         beaten_once = [*_left(beaten_once, lower, lower_winners), *fallen]
     finalists = [(unbeaten[0], beaten_once[0])]
-    _, losers = _winners(finalists, play(finalists), points)
+    _, losers = _winners(finalists, (yield finalists), points)
     if losers == [unbeaten[0]]:  # both have lost once now
-        _, losers = _winners(finalists, play(finalists), points)
+        _, losers = _winners(finalists, (yield finalists), points)
     champion = unbeaten[0] if losers != [unbeaten[0]] else beaten_once[0]
     return _placed([[champion], losers, *reversed(out)], points)
 
 
-def swiss(num_players: int, play: Play, num_rounds: int) -> list[int]:
+def swiss(num_players: int, num_rounds: int) -> Tournament:
     """In every round neighbours in the standing play, who have not met yet if that can be; nobody is out.
 
     Places by games won (half for a draw; a round without an opponent counts as won), then by Buchholz, the sum of the
@@ -106,7 +131,7 @@ def swiss(num_players: int, play: Play, num_rounds: int) -> list[int]:
             had_bye.add(bye)
             won[bye] += 1
         games = _neighbours(standing, opponents)
-        for (one, two), (points_one, points_two) in zip(games, play(games), strict=True):
+        for (one, two), (points_one, points_two) in zip(games, (yield games), strict=True):
             opponents[one].append(two)
             opponents[two].append(one)
             total[one] += points_one
@@ -156,10 +181,10 @@ def _totals(num_players: int, games: Sequence[Game], results: Sequence[Points]) 
     return total
 
 
-def _seed_points(num_players: int, play: Play, anchor: int) -> list[float]:
+def _seed_points(num_players: int, anchor: int) -> Generator[Sequence[Game], Sequence[Points], list[float]]:
     _require_two(num_players)
     games = [(anchor, player) for player in range(num_players) if player != anchor]
-    total = _totals(num_players, games, play(games))
+    total = _totals(num_players, games, (yield games))
     total[anchor] /= num_players - 1
     return total
 
