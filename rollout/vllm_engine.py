@@ -1,4 +1,4 @@
-"""The real engine: vLLM. The only file that imports vllm; import it in the process that serves.
+"""The real engine: vLLM. It and `rewards.models.vllm_model` alone import vllm; import it in the process that serves.
 
 On CPU vLLM needs the environment of `rollout.worker.worker_environment` set before the import.
 """
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -30,7 +30,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.outputs import RequestOutput
+from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -156,8 +156,7 @@ class VllmEngine:
         self.version = 0
         self._ids = itertools.count()
         args = engine_args(cfg, model_path)
-        own_processes = torch.cuda.is_available() or cfg.rollout.engine_processes
-        self._served = _OwnProcesses(args) if own_processes else _ThisProcess(args)
+        self._served = serve(args, own_processes=cfg.rollout.engine_processes)
         self._transfer_ready = False
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
@@ -182,21 +181,34 @@ class VllmEngine:
         await self._served.close()
 
 
-class _OwnProcesses:
+def serve(args: AsyncEngineArgs, *, own_processes: bool = False) -> OwnProcesses | ThisProcess:
+    """A running engine: on a GPU in processes of its own, on CPU in this one unless told otherwise."""
+    return OwnProcesses(args) if torch.cuda.is_available() or own_processes else ThisProcess(args)
+
+
+class OwnProcesses:
     """AsyncLLM: the scheduler and the model run in child processes."""
 
     def __init__(self, args: AsyncEngineArgs) -> None:
         self._llm = AsyncLLM.from_engine_args(args)
 
     async def generate(self, prompt: TokensPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        """What the model says after the prompt."""
         # FINAL_ONLY: exactly one output comes, when the request is finished.
         (output,) = [output async for output in self._llm.generate(prompt, params, request_id)]
         return output
 
+    async def pool(self, prompt: TokensPrompt, params: PoolingParams, request_id: str) -> PoolingRequestOutput:
+        """Rows that a reward model's head gives for the prompt."""
+        (output,) = [output async for output in self._llm.encode(prompt, params, request_id)]
+        return output
+
     async def init_transfer(self) -> None:
+        """Make the weight transfer ready."""
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
 
     async def swap_weights(self, path: str, version: str) -> bool:
+        """Load new weights and drop the prefix cache; False when it could not be dropped."""
         await self._llm.pause_generation(mode="keep")
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
@@ -206,23 +218,32 @@ class _OwnProcesses:
         return dropped
 
     async def close(self) -> None:
+        """Stop the child processes."""
         self._llm.shutdown()
 
 
-class _ThisProcess:
+class ThisProcess:
     """LLMEngine, which is not thread-safe: one thread owns it and runs every call between two of its steps."""
 
     def __init__(self, args: AsyncEngineArgs) -> None:
         self._engine = LLMEngine.from_engine_args(args)
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: dict[str, asyncio.Future[RequestOutput]] = {}
+        self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
     async def generate(self, prompt: TokensPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
-        answer: asyncio.Future[RequestOutput] = self._loop.create_future()
+        """What the model says after the prompt."""
+        return await self._ask(prompt, params, request_id)
+
+    async def pool(self, prompt: TokensPrompt, params: PoolingParams, request_id: str) -> PoolingRequestOutput:
+        """Rows that a reward model's head gives for the prompt."""
+        return await self._ask(prompt, params, request_id)
+
+    async def _ask(self, prompt: TokensPrompt, params: SamplingParams | PoolingParams, request_id: str) -> Any:
+        answer: asyncio.Future[Any] = self._loop.create_future()
 
         def add() -> None:
             self._waiting[request_id] = answer
@@ -239,9 +260,12 @@ class _ThisProcess:
             raise
 
     async def init_transfer(self) -> None:
+        """Make the weight transfer ready."""
         await self._on_thread(lambda: self._rpc("init_weight_transfer_engine", init_info={}))
 
     async def swap_weights(self, path: str, version: str) -> bool:
+        """Load new weights and drop the prefix cache; False when it could not be dropped."""
+
         def swap() -> bool:
             self._rpc("start_weight_update")
             self._rpc("update_weights", update_info={"path": path})
@@ -252,6 +276,8 @@ class _ThisProcess:
         return await self._on_thread(swap)
 
     async def close(self) -> None:
+        """Stop the thread."""
+
         def stop() -> None:
             self._closed = True
 
