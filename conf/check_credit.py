@@ -6,8 +6,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from conf.check_rewards import fed_signals, level_of, signals_of, trained_sources
 from conf.errors import ConfigError
 from conf.keys import did_you_mean
 from conf.plugin import load_object
@@ -32,11 +32,9 @@ from conf.schema import (
     Return,
     Scope,
     SignalUse,
-    SourceConfig,
     TermConfig,
 )
 
-DEFAULT_SIGNAL = {Level.step: "step", Level.trajectory: "outcome"}
 STEP_KL = "kl"
 """Signal that the learner feeds: log policy - log reference, summed over a step's sampled tokens."""
 PATH_KL = "path_kl"
@@ -57,7 +55,6 @@ TOKEN_MEANS = (Normalizer.token_leave_one_out, Normalizer.token_leave_one_out_re
 FORGETS_SIZE = (Normalizer.zscore, Normalizer.whiten, Normalizer.rank)
 """Of two values these keep the order alone."""
 TAKES_WEIGHTS = (Normalizer.center, Normalizer.zscore, Normalizer.whiten, Normalizer.center_batch_std)
-STEP_ARGUMENTS = frozenset({"step", "siblings"})
 SECRET_NAME = re.compile(
     r"(^|_)(api_?key|secret|password|credentials?|(auth|access|bearer|api|hf)_token)$", re.IGNORECASE
 )
@@ -66,8 +63,6 @@ SECRET_NAME = re.compile(
 def rules() -> list[Callable[[Config], list[Problem]]]:
     """Every rule of this module."""
     return [
-        sources_can_be_loaded,
-        source_levels,
         no_secrets_in_args,
         success_is_measured,
         terms_are_complete,
@@ -94,41 +89,6 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
     ]
 
 
-def level_of(source: SourceConfig) -> Level | None:
-    """What a source scores: as configured, else as its arguments say; None when it cannot be loaded."""
-    if source.level:
-        return Level.__members__.get(source.level)
-    try:
-        plugin = _loaded(source)
-        call = plugin.__call__ if inspect.isclass(plugin) else plugin
-        asked = inspect.signature(call).parameters
-    except (ConfigError, TypeError, ValueError, AttributeError):
-        return None
-    return Level.step if STEP_ARGUMENTS & asked.keys() else Level.trajectory
-
-
-def signals_of(source: SourceConfig) -> set[str]:
-    """Signals that a source feeds; both defaults when its level is not known."""
-    if source.signal:
-        return {source.signal}
-    level = level_of(source)
-    return {DEFAULT_SIGNAL[level]} if level else set(DEFAULT_SIGNAL.values())
-
-
-def trained_sources(cfg: Config) -> dict[str, SourceConfig]:
-    """Sources that add to a signal; one of weight 0 is only recorded."""
-    return {name: source for name, source in cfg.rewards.sources.items() if source.weight != 0}
-
-
-def fed_signals(cfg: Config) -> dict[str, list[str]]:
-    """signal -> names of the sources that feed it."""
-    fed: dict[str, list[str]] = {}
-    for name, source in trained_sources(cfg).items():
-        for signal in sorted(signals_of(source)):
-            fed.setdefault(signal, []).append(name)
-    return fed
-
-
 def used_signals(cfg: Config) -> set[str]:
     """Signals that a term of non-zero weight or GAE reads."""
     terms = {signal for term in cfg.credit.terms.values() if term.weight != 0 for signal in term.signals}
@@ -148,38 +108,6 @@ def reads_steps(term: TermConfig) -> bool:
 def has_critic_scope(cfg: CreditConfig) -> bool:
     """Whether a term compares with what a critic says."""
     return any(term.scope is Scope.critic for term in cfg.terms.values())
-
-
-def _loaded(source: SourceConfig) -> Any:
-    return load_object(source.fn or source.target, key="fn" if source.fn else "_target_")
-
-
-def sources_can_be_loaded(cfg: Config) -> list[Problem]:
-    """Each source names one function or class, and importing it works."""
-    found = []
-    for name, source in cfg.rewards.sources.items():
-        key = f"rewards.sources.{name}"
-        if bool(source.fn) == bool(source.target):
-            state = "both fn and _target_" if source.fn else "neither fn nor _target_"
-            found.append(Problem(f'{key} has {state}: exactly one says what scores. Use {key}.fn="file.py:function".'))
-            continue
-        try:
-            load_object(source.fn or source.target, key=f"{key}.{'fn' if source.fn else '_target_'}")
-        except ConfigError as error:
-            found.append(Problem(str(error)))
-    return found
-
-
-def source_levels(cfg: Config) -> list[Problem]:
-    """A level is step, trajectory or empty."""
-    return [
-        Problem(
-            f'rewards.sources.{name}.level="{source.level}" is no level: use step or trajectory, or leave it empty to '
-            f"read it from the function's arguments.{did_you_mean(source.level, Level.__members__)}"
-        )
-        for name, source in cfg.rewards.sources.items()
-        if source.level and source.level not in Level.__members__
-    ]
 
 
 def no_secrets_in_args(cfg: Config) -> list[Problem]:

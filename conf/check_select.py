@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from conf.check_credit import level_of
+from conf.check_rewards import level_of
 from conf.keys import did_you_mean
 from conf.problem import Problem
 from conf.schema import Config, ExpanderKind, Keep, Level

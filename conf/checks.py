@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from conf import check_credit, check_learner, check_machine, check_select
+from conf import check_credit, check_learner, check_machine, check_rewards, check_select
 from conf.compose import numbered
 from conf.errors import ConfigError
 from conf.problem import Problem, value_of
@@ -153,7 +153,8 @@ def rules() -> list[Rule]:
         tiny_heads_fit,
         term_numbers,
     ]
-    return [*own, *check_machine.rules(), *check_learner.rules(), *check_credit.rules(), *check_select.rules()]
+    modules = (check_machine, check_learner, check_rewards, check_credit, check_select)
+    return [*own, *(rule for module in modules for rule in module.rules())]
 
 
 def numbers_are_in_range(cfg: Config) -> list[Problem]:
@@ -177,9 +178,9 @@ def numbers_are_in_range(cfg: Config) -> list[Problem]:
 def source_timeouts(cfg: Config) -> list[Problem]:
     """A source needs time to answer."""
     return [
-        Problem(f"rewards.sources.{name}.timeout_s={source.timeout_s} leaves no time to score: it must be above 0.")
+        Problem(f"rewards.sources.{name}.timeout_s={source.timeout_s} leaves no time to score: give seconds, or 0.")
         for name, source in cfg.rewards.sources.items()
-        if not source.timeout_s > 0
+        if not source.timeout_s >= 0
     ]
 
 

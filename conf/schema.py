@@ -611,8 +611,9 @@ class SourceConfig:
     """Factor of this source in its signal; 0 records the score and trains nothing."""
     signal: str = ""
     """Signal the score adds to; "" is "step" for steps and "outcome" for trajectories."""
-    timeout_s: float = 10.0
-    """Longest scoring one tree may take; later answers are timed out, not 0."""
+    timeout_s: float = 0.0
+    """Longest scoring one tree may take; later answers are timed out, not 0. 0 is 10 s, and 600 s for a function that
+    asks for `model` or `engine`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments by name."""
 
@@ -626,8 +627,12 @@ class RewardsConfig:
     """What sources may ask: rewards.sources.NAME.model names one."""
     max_failed_share: float = 0.05
     """Share of one source's scores in a step's batch that may fail or time out before the run stops."""
-    num_processes: int = 1
-    """Processes that run functions from a user's file."""
+    num_processes: int = 2
+    """Processes that run functions from a user's file, one tree at a time; async ones share another for each source."""
+    memory_limit_mib: int = 4096
+    """Memory that one of these processes may take, on top of what it shares; 0 for no limit."""
+    cache_path: str = ""
+    """SQLite file of cached scores, which runs may share; "" for one in the run folder."""
     setup_timeout_s: float = 120.0
     """Longest one source may take to import its file and make its class, in each process that runs it."""
     pass_env: list[str] = field(default_factory=list)

@@ -2,31 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
-from conf.schema import RewardsConfig
+from conf.schema import RewardsConfig, RolloutConfig
+from rewards.models.actor import ActorModel
+from rewards.models.base import ModelError
 from rewards.service import RewardService
 from rewards.types import ScoredTree
-from rollout.tree import Tree
+from rollout.seeds import derive_seed
+from rollout.tree import ROOT, Tree
 from rollout.worker import send_output_to
+
+COMPLETION_TRIES = 3
+RESTART_PAUSE_S = 5.0
+"""What a worker that is being replaced is given before its completions are asked of the others again."""
+
+
+class WorkerCompleter:
+    """Goes on from steps with the rollout workers; the one with the fewest completions under way is asked."""
+
+    def __init__(self, workers: Sequence[Any], rollout: RolloutConfig) -> None:
+        self._rollout = rollout
+        self._running = {worker: 0 for worker in workers}
+
+    async def complete(self, tree: Tree, row: int, num: int) -> Tree:
+        """As `rewards.engine.Completer.complete`."""
+        steps = [tree.nodes[each] for each in tree.path(row)]
+        content = repr([(step.action_ids, step.observation_ids) for step in steps]).encode()
+        version = steps[-1].version if steps else max((node.version for node in tree.nodes), default=0)
+        path = hashlib.blake2b(content, digest_size=8).hexdigest()
+        seed = derive_seed("complete", tree.prompt.id, version, path, row == ROOT)
+        for number in range(1, COMPLETION_TRIES + 1):
+            worker = min(self._running, key=self._running.__getitem__)
+            self._running[worker] += 1
+            try:
+                call = worker.complete.remote(tree.prompt, steps, num, self._rollout, seed)
+                return await asyncio.wait_for(call, self._rollout.tree_timeout_s)
+            except TimeoutError:
+                raise TimeoutError(
+                    f"no {num} completions within rollout.tree_timeout_s={self._rollout.tree_timeout_s:g}"
+                ) from None
+            except RayActorError as error:
+                if number == COMPLETION_TRIES:
+                    raise ModelError(f"no rollout worker was left to go on with: {error}") from error
+                await asyncio.sleep(RESTART_PAUSE_S)
+            except RayTaskError as error:
+                raise ModelError(f"going on from a step failed: {error.cause}") from error
+            finally:
+                self._running[worker] -= 1
+        raise AssertionError("the last try returns or raises")
 
 
 @ray.remote
 class RewardActor:
     """Carries a `RewardService`; trees sent at the same time are scored at the same time."""
 
-    def __init__(self, cfg: RewardsConfig, columns: Collection[str] | None = None, log_path: str = ""):
+    def __init__(
+        self,
+        cfg: RewardsConfig,
+        columns: Collection[str] | None = None,
+        log_path: str = "",
+        models: Mapping[str, ActorModel] | None = None,
+        cache_path: str = "",
+    ):
         """As `RewardService`; what the process prints goes to the file `log_path`, where one is given."""
         if log_path:
             send_output_to(Path(log_path))
-        self._service = RewardService(cfg, columns)
+        cache = Path(cache_path) if cache_path else None
+        self._service = RewardService(cfg, columns, models=models, cache_path=cache)
 
-    async def score(self, tree: Tree) -> ScoredTree:
-        """Score one tree."""
-        return await self._service.score(tree)
+    async def use_workers(self, workers: Sequence[Any], rollout: RolloutConfig) -> None:
+        """From now on, go on from steps with these rollout workers."""
+        self._service.use_completer(WorkerCompleter(workers, rollout))
+
+    async def score(self, tree: Tree, sources: Collection[str] | None = None) -> ScoredTree:
+        """Score one tree, by these sources or by all."""
+        return await self._service.score(tree, sources)
 
     async def ping(self) -> bool:
         """True: the actor is up and its sources are loaded."""

@@ -6,26 +6,33 @@ import asyncio
 import difflib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError
 from conf.plugin import load_object
-from conf.schema import Level, RewardsConfig, SourceConfig
-from rewards.types import Score
-from rollout.tree import Tree
+from conf.schema import Cache, Level, RewardModelConfig, RewardsConfig, SourceConfig
+from conf.subject import Subject, subject_of
+from rewards.arguments import ARGUMENTS, MODEL, SERVICES, Arguments, Call
+from rewards.returned import failed_call, score_of, scores_of, told
+from rewards.types import BROKEN, Origin, Score
+from rollout.tree import ROOT, Tree
 from rollout.types import Prompt
 
-STEP_ARGUMENTS = ("step", "siblings")
-"""Arguments that only exist where single steps are scored: asking for one makes a source a step source."""
-ARGUMENTS = (*STEP_ARGUMENTS, "trajectory", "tree", "prompt", "question", "answer", "facts")
-"""Every argument that the tree can fill; any other name is a column of the prompt or one of the source's `args`."""
 SHIPPED_PACKAGE = "rewards.sources."
-MAX_REASON_CHARS = 500
-"""A reason travels with every failed score: a page of model output inside it would fill the records."""
+RUNS_APART = "RUNS_APART"
+"""A module of shipped sources that sets this to True asks for a process that can be killed, as user code has."""
+TIMEOUT_S = 10.0
+SERVED_TIMEOUT_S = 600.0
+"""Of a source that asks a model or an engine, whose every request has a limit of its own."""
+DIGEST_BYTES = 6
+
+Answers = list[list[Score]]
+"""For each call, a score of each of its rows."""
 
 
 class Source:
@@ -35,12 +42,15 @@ class Source:
 
     - `step`: the `Node` that is scored; `siblings`: the other steps tried at the same fork, pruned ones included;
     - `trajectory`: the `Node`s from the first step to the scored one, or to the leaf; `facts`: those of its last step;
+    - `steps` or `trajectories`: all that are scored, in one call, which returns a list as long; `rows`: their rows;
+    - `other`, `other_trajectory`: what the step or the trajectory is compared with;
     - `tree`, `prompt`, `question`, `answer`: as they are;
+    - `model`: the one that `SourceConfig.model` names; `engine`: grows trajectories on from a step (`rewards.engine`);
     - any other name: the entry of `SourceConfig.args`, else the prompt's column of that name, else its own default.
 
     A class is made once per process with `args` as keyword arguments; its `__call__` is then the function. Functions
-    may be async: one tree's scores are then awaited together. A function returns a number, a `Score`, or None for
-    "nothing to say here". Whatever else it returns or raises is a failed score, never a zero.
+    may be async: one tree's scores are then awaited together. A function returns a number, a `Score`, a mapping of
+    named parts, or None for "nothing to say here". Whatever else it returns or raises is a failed score, never a zero.
     """
 
     def __init__(self, name: str, cfg: SourceConfig, columns: Collection[str] | None = None):
@@ -60,28 +70,104 @@ class Source:
         self._plugin: Any = _plugin(self.key, self.spec)
         self._is_class = inspect.isclass(self._plugin)
         self._parameters = _parameters(self.key, self._plugin)
-        self.level = _level(self.key, cfg, self._parameters)
+        self.subject = subject_of(self.key, cfg.level, self._parameters)
         _check_args(self.key, cfg.args, self._plugin, self._parameters)
+        self._check_services()
         self._check_columns(columns)
         self._function: Callable[..., Any] | None = None
         self._setup_error = ""
+        if self.runs_here:
+            self.set_up()
+            if self._setup_error:
+                raise ConfigError(f"{self.key}: {self._setup_error}")
 
     @property
-    def is_shipped(self) -> bool:
-        """True for Grove's own sources, which need no process of their own."""
-        return getattr(self._plugin, "__module__", "").startswith(SHIPPED_PACKAGE)
+    def level(self) -> Level:
+        """What gets its scores."""
+        return self.subject.level
+
+    @property
+    def runs_here(self) -> bool:
+        """True for Grove's own sources that need no process of their own."""
+        module = getattr(self._plugin, "__module__", "")
+        return module.startswith(SHIPPED_PACKAGE) and not getattr(sys.modules[module], RUNS_APART, False)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether its function is awaited."""
+        return inspect.iscoroutinefunction(inspect.unwrap(self._plugin.__call__ if self._is_class else self._plugin))
+
+    @property
+    def services(self) -> set[str]:
+        """`model`, `engine`: what it asks for that is not in the tree."""
+        return self._parameters.keys() & set(SERVICES)
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether equal calls are answered once."""
+        return self.cfg.cache is Cache.on or (self.cfg.cache is Cache.auto and MODEL in self.services)
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest scoring one tree may take."""
+        return self.cfg.timeout_s or (SERVED_TIMEOUT_S if self.services else TIMEOUT_S)
 
     @property
     def signal(self) -> str:
         """The signal its scores add to."""
         return self.cfg.signal or default_signal(self.level)
 
+    def origin(self, model: RewardModelConfig | None = None, identity: str = "") -> Origin:
+        """What its scores come from. `version` changes with its file, its arguments, files they name, and its model.
+
+        A module that its file imports is not looked at: give the function an attribute `version` and count it up.
+
+        Args:
+            model: the record of the model it asks; identity: what the model calls itself.
+        """
+        shown = self._function or self._plugin
+        prompt_hash = str(getattr(shown, "prompt_hash", ""))
+        parts = [
+            self.spec,
+            _file_digest(_source_file(self._plugin)),
+            repr(getattr(shown, "version", "")),
+            prompt_hash,
+            *(f"{arg}={value!r}" for arg, value in sorted(self.cfg.args.items())),
+            *(_file_digest(value) for value in self.cfg.args.values() if isinstance(value, str)),
+            identity,
+            repr(_answering(model)),
+        ]
+        version = blake2b("\0".join(parts).encode(), digest_size=DIGEST_BYTES).hexdigest()
+        return Origin(source=self.spec, version=version, prompt_hash=prompt_hash, model=identity)
+
     def rows(self, tree: Tree) -> list[int]:
-        """Rows it is asked about: the trained leaves, or every step on a path to one, each once."""
+        """Rows it scores: the trained leaves, or every step on a path to one, each once; with the prompt's own where a
+        class says `of_prompt = True`."""
         leaves = tree.trained_leaves()
         if self.level is Level.trajectory:
             return leaves
-        return sorted({row for leaf in leaves for row in tree.path(leaf)})
+        prompt = [ROOT] if leaves and getattr(self._plugin, "of_prompt", False) else []
+        return prompt + sorted({row for leaf in leaves for row in tree.path(leaf)})
+
+    def calls(self, tree: Tree) -> list[Call]:
+        """The calls of its function that score a tree."""
+        rows = self.rows(tree)
+        if not rows:
+            return []
+        if self.subject.is_batch or self.subject is Subject.tree:
+            return [Call(tuple(rows))]
+        if not self.subject.is_pair:
+            return [Call((row,)) for row in rows]
+        groups: dict[int, list[int]] = {}
+        for row in rows:
+            groups.setdefault(tree.nodes[row].parent if self.level is Level.step else ROOT, []).append(row)
+        return [Call((row,), other) for group in groups.values() for row in group for other in group if other != row]
+
+    def digests(self, tree: Tree, calls: Sequence[Call], version: str) -> list[str]:
+        """Names of the calls' contents (`Arguments.digest`)."""
+        arguments = Arguments(tree, self._function_args(), dict.fromkeys(SERVICES))
+        names = self._filled(tree.prompt)
+        return [arguments.digest(call, names, version) for call in calls]
 
     def set_up(self) -> None:
         """Make the class, unless that is done; a failure is the reason of every score until a later call succeeds."""
@@ -91,34 +177,60 @@ class Source:
             self._function = self._plugin(**self.cfg.args) if self._is_class else self._plugin
             self._setup_error = ""
         except (Exception, SystemExit) as error:
-            self._setup_error = f"set-up: {_told(error)}"
+            self._setup_error = f"set-up: {told(error)}"
 
-    def score_tree(self, tree: Tree, runner: asyncio.Runner | None = None) -> dict[int, Score]:
-        """Score every row it is asked about.
+    def score_tree(self, tree: Tree, services: Mapping[str, Any] | None = None) -> dict[int, Score]:
+        """Score every row it is asked about, here and now; for a notebook or a test, outside an event loop.
 
         Args:
             tree: a grown tree.
-            runner: event loop for async functions; None makes one for this tree.
+            services: what fills `model` and `engine`.
         Returns: row -> score. Errors of the function are scores too; nothing is raised.
         """
+        calls = self.calls(tree)
+        return self.folded(tree, calls, asyncio.run(self.answers(tree, calls, services or {})))
+
+    async def answers(self, tree: Tree, calls: Sequence[Call], services: Mapping[str, Any]) -> Answers:
+        """What its function says in each call. What is awaited beyond `timeout_s` is cancelled and timed out."""
         self.set_up()
-        rows = self.rows(tree)
         reason = self._setup_error or self._missing_columns(tree.prompt)
         if reason:
-            return dict.fromkeys(rows, Score.failed(reason))
-        replies = {row: self._reply(tree, row) for row in rows}
-        awaited = {row: reply for row, reply in replies.items() if inspect.isawaitable(reply)}
-        if awaited:
-            replies.update(_run(_settle(awaited), runner))
-        return {row: _as_score(reply) for row, reply in replies.items()}
+            return [[Score.failed(reason)] * len(call.rows) for call in calls]
+        arguments, names = Arguments(tree, self._function_args(), services), self._filled(tree.prompt)
+        if self.is_async:
+            tasks = [asyncio.ensure_future(self._awaited(arguments.of(call, names), call)) for call in calls]
+            return await _settled(tasks, calls, self.timeout_s)
+        return [self._called(arguments.of(call, names), call) for call in calls]
 
-    def _reply(self, tree: Tree, row: int) -> Any:
+    def folded(self, tree: Tree, calls: Sequence[Call], answers: Answers) -> dict[int, Score]:
+        """The score of each row, from all calls; of pairs, the mean over the others of half the difference of the two
+        orders, so that a liking for the first place cancels. A row that was never asked about is not applicable."""
+        if not self.subject.is_pair:
+            said = {
+                row: score
+                for call, scores in zip(calls, answers, strict=True)
+                for row, score in zip(call.rows, scores, strict=True)
+            }
+        else:
+            said = _mean_of_pairs(
+                {(call.rows[0], call.other): scores[0] for call, scores in zip(calls, answers, strict=True)}
+            )
+        alone = Score.not_applicable("nothing to compare with" if self.subject.is_pair else "")
+        return {row: said.get(row, alone) for row in self.rows(tree)}
+
+    def _called(self, arguments: dict[str, Any], call: Call) -> list[Score]:
         assert self._function is not None, "set_up comes before the first score"
-        arguments = {name: self._argument(name, tree, row) for name in self._filled(tree.prompt)}
         try:
-            return self._function(**arguments)
+            return scores_of(self._function(**arguments), call, self.subject)
         except (Exception, SystemExit) as error:
-            return Score.failed(_told(error))
+            return failed_call(error, call)
+
+    async def _awaited(self, arguments: dict[str, Any], call: Call) -> list[Score]:
+        assert self._function is not None, "set_up comes before the first score"
+        try:
+            return scores_of(await self._function(**arguments), call, self.subject)
+        except (Exception, SystemExit) as error:
+            return failed_call(error, call)
 
     def _filled(self, prompt: Prompt) -> list[str]:
         """Parameters that get a value; the others keep their default."""
@@ -130,28 +242,6 @@ class Source:
     def _function_args(self) -> dict[str, Any]:
         # The args of a class went to its constructor.
         return {} if self._is_class else self.cfg.args
-
-    def _argument(self, name: str, tree: Tree, row: int) -> Any:
-        node, prompt = tree.nodes[row], tree.prompt
-        match name:
-            case "step":
-                return node
-            case "siblings":
-                return [tree.nodes[other] for other in tree.children(node.parent) if other != row]
-            case "trajectory":
-                return [tree.nodes[each] for each in tree.path(row)]
-            case "facts":
-                return node.facts
-            case "tree":
-                return tree
-            case "prompt":
-                return prompt
-            case "question":
-                return prompt.question
-            case "answer":
-                return prompt.answer
-        args = self._function_args()
-        return args[name] if name in args else prompt.data[name]
 
     def _unfilled(self, columns: Collection[str]) -> list[str]:
         return [
@@ -166,6 +256,23 @@ class Source:
             return ""
         hint = _hint(missing[0], [*ARGUMENTS, *prompt.data])
         return f'prompt "{prompt.id}" has no column "{missing[0]}" for the argument of that name.{hint}'
+
+    def _check_services(self) -> None:
+        if MODEL in self.services and not self.cfg.model:
+            raise ConfigError(
+                f"{self.key}: its function asks for `model`, and no model is named. Describe one under rewards.models "
+                f"and name it in {self.key}.model."
+            )
+        if self.cfg.model and MODEL not in self.services:
+            raise ConfigError(
+                f'{self.key}.model="{self.cfg.model}" is never asked: its function has no argument `model`. '
+                f"Add the argument, or leave the setting away."
+            )
+        if self.services and not self.is_async:
+            raise ConfigError(
+                f"{self.key}: its function asks for `{min(self.services)}`, whose answers are awaited. "
+                f"Write it as `async def`."
+            )
 
     def _check_columns(self, columns: Collection[str] | None) -> None:
         missing = [] if columns is None else self._unfilled(columns)
@@ -236,8 +343,10 @@ def _absolute(spec: str) -> str:
 
 
 def _check_numbers(key: str, cfg: SourceConfig) -> None:
-    if not cfg.timeout_s > 0:
-        raise ConfigError(f"{key}.timeout_s={cfg.timeout_s} leaves no time to score. Give seconds above 0.")
+    if not cfg.timeout_s >= 0:
+        raise ConfigError(
+            f"{key}.timeout_s={cfg.timeout_s} leaves no time to score. Give seconds, or 0 for the default."
+        )
     if not math.isfinite(cfg.weight):
         raise ConfigError(f"{key}.weight={cfg.weight} would make every signal it feeds infinite or NaN. Use a number.")
 
@@ -274,20 +383,6 @@ def _parameters(key: str, plugin: Callable[..., Any]) -> dict[str, inspect.Param
     return {parameter.name: parameter for parameter in parameters}
 
 
-def _level(key: str, cfg: SourceConfig, parameters: Collection[str]) -> Level:
-    asked = [name for name in STEP_ARGUMENTS if name in parameters]
-    if not cfg.level:
-        return Level.step if asked else Level.trajectory
-    if cfg.level not in Level.__members__:
-        raise ConfigError(f'{key}.level="{cfg.level}" is no level. Use step or trajectory, or leave it empty.')
-    if Level[cfg.level] is Level.trajectory and asked:
-        raise ConfigError(
-            f'{key}.level=trajectory, but its function asks for "{asked[0]}", which only a single step has. '
-            f"Ask for `trajectory` instead, or use level=step."
-        )
-    return Level[cfg.level]
-
-
 def _check_args(key: str, args: dict[str, Any], plugin: Callable[..., Any], parameters: Collection[str]) -> None:
     if inspect.isclass(plugin):
         _check_constructor(key, args, plugin)
@@ -320,39 +415,55 @@ def _hint(name: str, known: Iterable[str]) -> str:
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
-def _run(scores: Any, runner: asyncio.Runner | None) -> dict[int, Any]:
-    return asyncio.run(scores) if runner is None else runner.run(scores)
+async def _settled(tasks: Sequence[asyncio.Future[list[Score]]], calls: Sequence[Call], limit_s: float) -> Answers:
+    if not tasks:
+        return []
+    _, late = await asyncio.wait(tasks, timeout=limit_s)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)  # what was cancelled may have something to close
+    reason = f"no answer within timeout_s={limit_s:g}"
+    return [
+        [Score.timed_out(reason)] * len(call.rows) if task in late else task.result()
+        for task, call in zip(tasks, calls, strict=True)
+    ]
 
 
-async def _settle(replies: dict[int, Awaitable[Any]]) -> dict[int, Any]:
-    return dict(zip(replies, await asyncio.gather(*map(_settled, replies.values())), strict=True))
+def _mean_of_pairs(said: Mapping[tuple[int, int], Score]) -> dict[int, Score]:
+    """row -> mean over the others of (what was said of row against other - what was said of other against row) / 2."""
+    halves: dict[int, list[float]] = {}
+    broken: dict[int, Score] = {}
+    for (row, other), score in said.items():
+        halves.setdefault(row, [])
+        for each in (score, said[other, row]):
+            if each.status in BROKEN:
+                broken.setdefault(row, each)
+        if score.is_scored and said[other, row].is_scored:
+            halves[row].append((score.value - said[other, row].value) / 2)
+    return {
+        row: broken[row] if row in broken else score_of(sum(values) / len(values) if values else None)
+        for row, values in halves.items()
+    }
 
 
-async def _settled(reply: Awaitable[Any]) -> Any:
+def _source_file(plugin: Any) -> str | None:
     try:
-        return await reply
-    except (Exception, SystemExit) as error:
-        return Score.failed(_told(error))
+        return inspect.getsourcefile(inspect.unwrap(plugin))
+    except TypeError:  # written in C
+        return None
 
 
-def _as_score(reply: Any) -> Score:
-    if reply is None:
-        return Score.not_applicable()
-    if isinstance(reply, Score):
-        return reply
-    if not isinstance(reply, Real):
-        return Score.failed(f"it returned a {type(reply).__name__}; a reward is a number, None or a Score")
+def _file_digest(path: str | None) -> str:
+    """Digest of a file's content; "" for what is no file."""
     try:
-        value = float(reply)
-    except OverflowError as error:
-        return Score.failed(_told(error))
-    if not math.isfinite(value):
-        return Score.failed(f"it returned {value}; return None when there is nothing to say")
-    return Score(value)
+        if not path or not Path(path).is_file():
+            return ""
+        return blake2b(Path(path).read_bytes(), digest_size=DIGEST_BYTES).hexdigest()
+    except (OSError, ValueError):  # a text too long to be a name, or one with a NUL
+        return ""
 
 
-def _told(error: BaseException) -> str:
-    """The error in one line, with the line of the user's function it came through."""
-    inner = error.__traceback__.tb_next if error.__traceback__ else None
-    where = f" ({Path(inner.tb_frame.f_code.co_filename).name}:{inner.tb_lineno})" if inner else ""
-    return f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS] + where
+def _answering(model: RewardModelConfig | None) -> dict[str, Any]:
+    """Settings of a model that its answers depend on."""
+    names = ("temperature", "max_tokens", "structured", "family", "dtype", "max_context_tokens")
+    return {} if model is None else {each: getattr(model, each) for each in names}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from conf.errors import ConfigError
-from conf.schema import Level, RewardsConfig, SourceConfig
+from conf.schema import Level, PartConfig, RewardsConfig, SourceConfig
 from rewards.base import default_signal
 from rewards.types import BROKEN, Score, ScoredTree
+
+_PLAIN = PartConfig()
 
 Weighted = tuple[str, float, Score]
 """A source's name, its weight, and what it said of one row."""
@@ -19,6 +21,7 @@ def blend(scored: ScoredTree, cfg: RewardsConfig) -> ScoredTree:
     """The same scores with the signals that `cfg` makes of them.
 
     signal[row] = sum of weight * value over the sources that feed it. A source of weight 0 is recorded and feeds none.
+    Of a source that returned named parts, each part is weighted, and may feed a signal, by itself.
     A failed or timed-out source makes the signal unknown at that row; one with nothing to say adds nothing; where none
     has anything to say the signal is not applicable.
 
@@ -59,10 +62,26 @@ def _signals(
     for name, source in sources.items():
         if name not in scores or source.weight == 0:
             continue
-        of_signal = said.setdefault(source.signal or default, {})
+        home = source.signal or default
+        said.setdefault(home, {})
         for row, score in scores[name].items():
-            of_signal.setdefault(row, []).append((name, source.weight, score))
+            for signal, weighted in _weighted(name, source, score, home):
+                said.setdefault(signal, {}).setdefault(row, []).append(weighted)
     return {signal: {row: blended(said[signal][row]) for row in sorted(said[signal])} for signal in said}
+
+
+def _weighted(name: str, source: SourceConfig, score: Score, home: str) -> Iterator[tuple[str, Weighted]]:
+    """What a source adds to which signal at one row."""
+    if score.is_scored and score.parts:
+        for part, value in score.parts.items():
+            its = source.parts.get(part, _PLAIN)
+            if its.weight:
+                yield its.signal or home, (f"{name}.{part}", source.weight * its.weight, Score(value))
+        return
+    # A score without parts speaks for all of them: where it is unknown, so is every signal that a part would feed.
+    signals = dict.fromkeys([home, *(its.signal or home for its in source.parts.values() if its.weight)])
+    for signal in signals if not score.is_scored else [home]:
+        yield signal, (name, source.weight, score)
 
 
 def _check_scored(scored: ScoredTree, cfg: RewardsConfig) -> None:

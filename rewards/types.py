@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -30,6 +31,8 @@ class Score:
     """The number; NaN unless status is `scored`."""
     status: ScoreStatus = ScoreStatus.scored
     reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Named parts that `value` is the plain sum of, for a source that returned some."""
 
     def __post_init__(self) -> None:
         if self.status is ScoreStatus.scored and not math.isfinite(self.value):
@@ -56,6 +59,38 @@ class Score:
         return self.status is ScoreStatus.scored
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a source's scores come from, so that a record says what judged."""
+
+    source: str
+    """The function, as configured."""
+    version: str
+    """Digest of its file, its arguments and the model it asks: another version is another reward."""
+    prompt_hash: str = ""
+    """Digest of its prompt template, for a judge."""
+    model: str = ""
+    """The model it asks, as that names itself."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Cost:
+    """What asking one source about one tree took."""
+
+    seconds: float = 0.0
+    calls: int = 0
+    """Calls of its function that it takes to score the tree."""
+    cached_calls: int = 0
+    """Of these, answered from the cache or by an equal call."""
+    requests: int = 0
+    """Requests to its model."""
+    tries: int = 0
+    """Requests with those that were repeated."""
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+    usd: float = 0.0
+
+
 @dataclass(kw_only=True, slots=True)
 class ScoredTree:
     """A tree and what every source said of it, each unique step and each trajectory once."""
@@ -69,5 +104,7 @@ class ScoredTree:
     """signal -> row -> weighted sum of the sources that feed it (`rewards.blend`)."""
     leaf_signals: dict[str, dict[int, Score]] = field(default_factory=dict)
     """signal -> leaf row -> weighted sum of the trajectory sources that feed it."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """source -> seconds it took on this tree."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """source -> what its scores come from."""
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """source -> what asking it took."""

@@ -126,7 +126,7 @@ def check_reward(
         _statuses(scores, cfg.max_failed_share),
         *_values(scores),
         _determinism(said, [_said(each, name) for each in again]),
-        _time(sum(each.seconds[name] for each in again), len(scores)),
+        _time(sum(each.costs[name].seconds for each in again), len(scores)),
         *_oddities(dict(zip(odd, answers, strict=True)), name),
         *_correlations(first, recorded, name, of_steps=of_steps),
     ]

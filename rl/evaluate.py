@@ -12,7 +12,8 @@ from typing import Any
 from conf.checks import require_runnable
 from conf.compose import compose, from_yaml
 from conf.errors import CheckpointError, ConfigError, RewardFailed
-from conf.schema import Config, ExpanderKind, RolloutConfig
+from conf.schema import Config, ExpanderKind, Level, RolloutConfig
+from rewards.base import build_sources
 from rewards.types import ScoredTree
 from rl import checkpoint
 from rl.launch import Parts, launched
@@ -48,8 +49,15 @@ def evaluate(cfg: Config, parts: Parts, source: PromptSource, num_prompts: int) 
     """
     prompts = source.held_out(num_prompts)
     seed = derive_seed(cfg.seed, "evaluation")
-    scored = parts.scoring.collect(parts.scoring.submit(parts.pool.grow(prompts, seed, evaluation_rollout(cfg))))
-    return evaluation_of(scored)
+    trees = parts.pool.grow(prompts, seed, evaluation_rollout(cfg))
+    return evaluation_of(parts.scoring.collect(parts.scoring.submit(trees, evaluation_sources(cfg))))
+
+
+def evaluation_sources(cfg: Config) -> list[str]:
+    """Sources that score held-out trajectories: those that ask no model and no engine, and the one success is read of."""
+    sources = build_sources(cfg.rewards)
+    outcome = next((source for source in sources if source.level is Level.trajectory), None)
+    return [source.name for source in sources if source is outcome or not source.services]
 
 
 def evaluation_of(scored: list[ScoredTree]) -> Evaluation:

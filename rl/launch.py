@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from ray.exceptions import RayError
 from conf.errors import ConfigError, WaitTimeout
 from conf.schema import Config
 from rewards.actor import RewardActor
+from rewards.arguments import ENGINE
+from rewards.base import build_sources
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
 from rl.policy.actor import LearnerGroup
@@ -64,12 +66,27 @@ def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
 class Scoring:
     """The driver's side of the reward service."""
 
-    def __init__(self, cfg: Config, actor: Any) -> None:
-        self._cfg, self._actor = cfg, actor
+    def __init__(self, cfg: Config, actor: Any, pool: RolloutPool) -> None:
+        self._cfg, self._actor, self._pool = cfg, actor, pool
+        sources = build_sources(cfg.rewards)
+        self._longest_s = sum(source.timeout_s for source in sources)
+        self._asks_workers = any(ENGINE in source.services for source in sources)
+        self._workers: list[Any] = []
 
-    def submit(self, trees: Iterable[tuple[int, Tree]]) -> dict[int, Any]:
-        """Hand trees over as they arrive, so that scoring overlaps growing; returns calls by index of the prompt."""
-        return {index: self._actor.score.remote(tree) for index, tree in trees}
+    def submit(self, trees: Iterable[tuple[int, Tree]], sources: Collection[str] | None = None) -> dict[int, Any]:
+        """Hand trees over as they arrive, so that scoring overlaps growing.
+
+        Args:
+            sources: names of the sources to ask; None for all.
+        Returns: calls by index of the prompt.
+        """
+        calls = {}
+        for index, tree in trees:
+            if self._asks_workers and self._workers != self._pool.actors():
+                self._workers = self._pool.actors()
+                self._actor.use_workers.remote(self._workers, self._cfg.rollout)
+            calls[index] = self._actor.score.remote(tree, sources)
+        return calls
 
     def collect(self, calls: dict[int, Any]) -> list[ScoredTree]:
         """The scored trees, in the order of their prompts.
@@ -77,8 +94,7 @@ class Scoring:
         Raises: RewardFailed when a source fails more often than rewards.max_failed_share; WaitTimeout.
         """
         rewards = self._cfg.rewards
-        longest_s = sum(source.timeout_s for source in rewards.sources.values())
-        limit_s = 60.0 + rewards.setup_timeout_s + len(calls) * longest_s
+        limit_s = 60.0 + rewards.setup_timeout_s + len(calls) * self._longest_s
         scored = wait_all([calls[index] for index in sorted(calls)], limit_s=limit_s, what="the reward service")
         check_failure_budget(scored, self._cfg.rewards)
         return scored
@@ -106,7 +122,10 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
         engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
         reward_log = str(log_dir / "reward_service.log")
-        reward_actor = RewardActor.options(num_cpus=0, max_concurrency=1000).remote(cfg.rewards, None, reward_log)
+        models = stack.enter_context(_reward_models(cfg, log_dir, gpu=share.per_worker > 0))
+        cache = str(log_dir.parent / "reward_cache.sqlite")
+        options = {"num_cpus": 0, "max_concurrency": 1000}
+        reward_actor = RewardActor.options(**options).remote(cfg.rewards, None, reward_log, models, cache)
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = None
         if with_learner:
@@ -120,7 +139,7 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
             learner.answer(learner.ready(), limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
             publisher = WeightPublisher(cfg, learner, pool)
             stack.callback(publisher.close)
-        yield Parts(pool, Scoring(cfg, reward_actor), learner, publisher)
+        yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import DataError
-from rewards.types import Score, ScoredTree, ScoreStatus
+from rewards.types import Cost, Origin, Score, ScoredTree, ScoreStatus
 from rollout.tree import Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
@@ -103,7 +103,8 @@ def _line(recorded: RecordedTree) -> bytes:
 def _encoded(value: Any) -> Any:
     """Records become dicts of all their fields, so that a field added later is never forgotten here."""
     if isinstance(value, Score):
-        return {"value": value.value if value.is_scored else None, "status": value.status, "reason": value.reason}
+        said = {"value": value.value if value.is_scored else None, "status": value.status, "reason": value.reason}
+        return said | ({"parts": dict(value.parts)} if value.parts else {})
     if dataclasses.is_dataclass(value):
         return {part.name: _encoded(getattr(value, part.name)) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -118,10 +119,21 @@ def _recorded(line: dict[str, Any]) -> RecordedTree:
     tree = Tree(prompt=_prompt(scored["tree"]["prompt"]), nodes=[_node(node) for node in scored["tree"]["nodes"]])
     tables = ("step_scores", "leaf_scores", "step_signals", "leaf_signals")
     return RecordedTree(
-        scored=ScoredTree(**{**scored, "tree": tree, **{name: _score_table(scored[name]) for name in tables}}),
+        scored=ScoredTree(
+            tree=tree,
+            **{name: _score_table(scored[name]) for name in tables},
+            origins={source: Origin(**origin) for source, origin in scored.get("origins", {}).items()},
+            costs=_costs(scored),
+        ),
         # Records written before a part was added lack it.
         **{name: _by_row(line.get(name, {})) for name in ("advantages", "raw", "compared", "left_out")},
     )
+
+
+def _costs(scored: dict[str, Any]) -> dict[str, Cost]:
+    if "costs" in scored:
+        return {source: Cost(**cost) for source, cost in scored["costs"].items()}
+    return {source: Cost(seconds=seconds) for source, seconds in scored["seconds"].items()}
 
 
 def _by_row(raw: dict[str, Any]) -> dict[int, Any]:
@@ -144,4 +156,4 @@ def _score_table(raw: dict[str, dict[str, Any]]) -> dict[str, dict[int, Score]]:
 def _score(raw: dict[str, Any]) -> Score:
     # math.nan itself, as Score.failed uses it: Python then calls two unscored scores equal
     value = math.nan if raw["value"] is None else raw["value"]
-    return Score(value, ScoreStatus(raw["status"]), raw["reason"])
+    return Score(value, ScoreStatus(raw["status"]), raw["reason"], raw.get("parts", {}))

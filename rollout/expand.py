@@ -54,15 +54,15 @@ def _continued(tree: Tree, rows: Iterable[int]) -> list[Expansion]:
 
 
 class Chains:
-    """`num` independent trajectories from the prompt: the group of GRPO."""
+    """`num` independent trajectories from the prompt, the group of GRPO; or on from the row `start` of a grown path."""
 
-    def __init__(self, num: int) -> None:
-        self._num = num
+    def __init__(self, num: int, start: int = ROOT) -> None:
+        self._num, self._start = num, start
 
     def expand(self, tree: Tree, open_rows: list[int], num_growing: int) -> list[Expansion]:
         """Start every chain, then continue each as soon as its last step has grown."""
-        if not tree.nodes and not num_growing:
-            return [Expansion(ROOT, branch) for branch in range(self._num)]
+        if not tree.children(self._start) and not num_growing:
+            return [Expansion(self._start, branch) for branch in range(self._num)]
         return _continued(tree, open_rows)
 
     def pruned_leaves(self, tree: Tree) -> set[int]:

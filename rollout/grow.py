@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from conf.errors import DataError
 from conf.schema import RolloutConfig
 from rollout.engine import Engine
 from rollout.environment import Environment, Turn
-from rollout.expand import Expander, Expansion
+from rollout.expand import Chains, Expander, Expansion
 from rollout.seeds import derive_seed
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, Sampled, Sampling, StopReason
@@ -29,7 +31,34 @@ async def grow_tree(
     Raises: AssertionError when the engine continued other tokens than the tree holds (the path law);
         whatever the engine raises. A crashed tool or a passed deadline ends trajectories, it does not raise.
     """
+    return await _grown(_Growth(prompt, engine, environment, cfg, seed), expander, cfg)
+
+
+async def complete_path(
+    prompt: Prompt,
+    steps: Sequence[Node],
+    num: int,
+    engine: Engine,
+    environment: Environment,
+    cfg: RolloutConfig,
+    seed: int,
+) -> Tree:
+    """A path and `num` trajectories that go on from its end, each to its own: what a Monte-Carlo value is the mean of.
+
+    The environment's state behind the path is made by acting the steps again.
+
+    Args:
+        steps: from the first to the one to go on from; none for the prompt. The last one must be open.
+        seed: of these completions.
+    Raises: as `grow_tree`; DataError when the environment answers a step otherwise than before.
+    """
     growth = _Growth(prompt, engine, environment, cfg, seed)
+    for step in steps:
+        await growth.replay(step)
+    return await _grown(growth, Chains(num, start=len(steps) - 1), cfg)
+
+
+async def _grown(growth: _Growth, expander: Expander, cfg: RolloutConfig) -> Tree:
     deadline = time.monotonic() + cfg.tree_timeout_s
     growing: set[asyncio.Task[_Grown]] = set()
     try:
@@ -101,6 +130,22 @@ class _Growth:
         self._num_children[parent_key] = number + 1
         context_ids = self.tree.path_ids(expansion.parent)
         return _Place(parent_key, (*parent_key, number), expansion.branch, context_ids, self._states[parent_key])
+
+    async def replay(self, step: Node) -> None:
+        """Take a grown step behind the last one, and have the environment answer it again."""
+        key = self._keys[-1] if self._keys else ()
+        is_whole = step.action_ids[-1:] != [] and step.action_ids[-1] in self._environment.stop_token_ids
+        turn = await self._environment.act(self._states[key], step.action_ids, stopped=is_whole)
+        if turn.observation_ids != step.observation_ids or turn.stop is not StopReason.continues:
+            raise DataError(
+                f'acting step {len(self._keys)} of prompt "{self.tree.prompt.id}" again gave "{turn.observation_text}" '
+                f'({turn.stop}) where it gave "{step.observation_text}" before: no value can be measured behind it. '
+                f"Tools must answer the same call alike; take those that do not out of the task, or leave the source out."
+            )
+        self.tree.add(replace(step, parent=len(self.tree.nodes) - 1))
+        self._num_children[key] = 1
+        self._keys.append((*key, 0))
+        self._states[self._keys[-1]] = turn.state
 
     async def step(self, place: _Place) -> _Grown:
         """Sample one step and let the environment answer it."""

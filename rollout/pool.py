@@ -175,6 +175,10 @@ class RolloutPool:
                 "rollout.engine=transformers."
             ) from error
 
+    def actors(self) -> list[Any]:
+        """Handles of the workers, for who asks them beside the pool; another after each restart."""
+        return [worker.actor for worker in self._workers]
+
     def worker_pids(self) -> list[int]:
         """Process ids of the workers, in their order."""
         return wait_all([each.actor.pid.remote() for each in self._workers], limit_s=CLOSE_LIMIT_S, what="pids")

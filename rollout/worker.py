@@ -13,9 +13,9 @@ import ray
 from conf.schema import Config, EngineKind, RolloutConfig
 from rollout.engine import Engine
 from rollout.expand import build_expander
-from rollout.grow import grow_tree
+from rollout.grow import complete_path, grow_tree
 from rollout.seeds import derive_seed
-from rollout.tree import Tree
+from rollout.tree import Node, Tree
 from rollout.types import Prompt, Sampled, Sampling
 
 
@@ -84,6 +84,10 @@ class RolloutWorker:
         """Grow the tree of one prompt."""
         expander = build_expander(rollout, derive_seed(seed, "expander"))
         return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed)
+
+    async def complete(self, prompt: Prompt, steps: list[Node], num: int, rollout: RolloutConfig, seed: int) -> Tree:
+        """Go on from the end of a path, `num` times (`rollout.grow.complete_path`)."""
+        return await complete_path(prompt, steps, num, self._engine, self._environment, rollout, seed)
 
     async def sample(self, requests: list[tuple[list[int], Sampling]]) -> list[Sampled]:
         """Sample single steps, for the canary."""

@@ -148,7 +148,7 @@ def test_share_above_one_is_refused(demo: Change):
 
 
 def test_source_needs_time(demo: Change):
-    assert "leaves no time to score" in only(demo({"rewards.sources.answer.timeout_s": 0.0}))
+    assert "leaves no time to score" in only(demo({"rewards.sources.answer.timeout_s": -1.0}))
 
 
 def test_empty_run_folder_is_refused(demo: Change):

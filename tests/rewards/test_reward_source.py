@@ -130,7 +130,7 @@ def test_number_none_and_score_are_scores(write, returned, score):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("return 'good'", "it returned a str; a reward is a number, None or a Score"),
+        ("return 'good'", "it returned a str; a reward is a number, None, a Score or named parts"),
         ("return float('nan')", "it returned nan; return None when there is nothing to say"),
         ("return 10 ** 400", "OverflowError: int too large to convert to float"),
         ("raise ValueError('no verdict')", "ValueError: no verdict (mine_0.py:2)"),
@@ -182,7 +182,7 @@ def test_misspelt_argument_is_refused_at_once_where_columns_are_known(write):
     [
         ("def reward(step): return 1", {"level": "trajectory"}, 'level=trajectory, but its function asks for "step"'),
         ("def reward(step): return 1", {"level": "turn"}, 'level="turn" is no level'),
-        ("def reward(step): return 1", {"timeout_s": 0.0}, "timeout_s=0.0 leaves no time"),
+        ("def reward(step): return 1", {"timeout_s": -1.0}, "timeout_s=-1.0 leaves no time"),
         ("def reward(step): return 1", {"weight": math.nan}, "weight=nan"),
         ("def reward(step): return 1", {"args": {"stp": 1}}, r'args.stp is no argument.*Did you mean "step"\?'),
         ("def reward(step): return 1", {"args": {"step": 1}}, "args.step would hide what the tree says"),
@@ -216,7 +216,7 @@ def test_source_names_exactly_one_function(cfg, message):
 
 def test_target_is_the_same_function_as_a_dotted_path():
     mine = Source("mine", SourceConfig(target="rewards.sources.format.format_ok"))
-    assert mine.is_shipped
+    assert mine.runs_here
     assert mine.score_tree(parse_tree("q -> a")) == {0: Score(1.0)}
 
 
@@ -226,7 +226,7 @@ def test_file_is_found_again_from_another_folder(write, tmp_path, monkeypatch):
     relative = Source("mine", SourceConfig(fn=Path(spec).name))
     monkeypatch.chdir("/")
     again = Source("mine", relative.cfg)
-    assert not again.is_shipped
+    assert not again.runs_here
     assert again.score_tree(parse_tree("q -> a")) == {0: Score(1.0)}
 
 

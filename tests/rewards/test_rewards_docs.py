@@ -64,5 +64,5 @@ def test_shipped_configs_name_sources_that_the_columns_can_fill(file, columns):
     found = yaml.safe_load((ROOT / f"conf/rewards/{file}.yaml").read_text())
     sources = {name: SourceConfig(**each) for name, each in found["sources"].items()}
     built = build_sources(RewardsConfig(sources=sources), columns)
-    assert all(source.is_shipped for source in built)
+    assert all(source.runs_here for source in built)
     assert [source.name for source in built] == list(sources)

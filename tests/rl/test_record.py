@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conf.errors import DataError
 from rewards.drawn import parse_scored
-from rewards.types import Score, ScoredTree, ScoreStatus
+from rewards.types import Cost, Origin, Score, ScoredTree, ScoreStatus
 from rl.record import Advantages, RecordedTree, read_trees, write_records
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
@@ -77,7 +77,8 @@ def recorded_trees(draw: st.DrawFn) -> RecordedTree:
         leaf_scores=draw(score_tables),
         step_signals=draw(score_tables),
         leaf_signals=draw(score_tables),
-        seconds=draw(st.dictionaries(texts, numbers, max_size=2)),
+        costs=draw(st.dictionaries(texts, st.builds(Cost, seconds=numbers, calls=st.integers(0, 9)), max_size=2)),
+        origins=draw(st.dictionaries(texts, st.builds(Origin, source=texts, version=texts), max_size=2)),
     )
     advantages = draw(st.dictionaries(st.integers(0, 5), st.dictionaries(texts, numbers, max_size=2), max_size=3))
     return RecordedTree(scored=scored, advantages=advantages)
