@@ -260,3 +260,64 @@ def _server(judge: JudgeServer, port: int) -> ThreadingHTTPServer:
                 super().handle_error(*_)
 
     return Server(("127.0.0.1", port), Handler)
+
+
+# Rules: judges that know a task by heart
+
+
+SECTION = re.compile("\u27e6(?P<name>[^\u27e7/]+)\u27e7\n(?P<text>.*?)\n\u27e6/(?P=name)\u27e7", re.DOTALL)
+CALL = re.compile(r"^<call> (?:\w+) (?:\w+) (?:\w+ \w+) </call>$")
+REFUSED = "<result> error </result>"
+
+
+def hop_search(messages: Messages, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Grades a step of the hop-search task by the shipped prompt of `Principles`, from its text alone.
+
+    All points for a call whose reply is new; only those for its form where the call was refused or made before; none for
+    a turn that cannot be read.
+    """
+    asked = "\n".join(message["content"] for message in messages)
+    sections = dict(SECTION.findall(asked))
+    said, earlier = _turns(sections["step"]), _turns(sections.get("earlier steps", ""))
+    call, reply = said[0] if said else ("", "")
+    is_call = bool(CALL.match(call))
+    is_new = is_call and reply not in ("", REFUSED) and all(call != each and reply != told for each, told in earlier)
+    grades = body["response_format"]["json_schema"]["schema"]["properties"]["scores"]["properties"]
+    return {
+        "reasoning": "new" if is_new else "a call, and nothing new" if is_call else "no call",
+        "scores": {
+            name: grade["maximum"] if is_new or (is_call and name == "well_formed") else 0
+            for name, grade in grades.items()
+        },
+    }
+
+
+def _turns(text: str) -> list[tuple[str, str]]:
+    """What the agent said and the environment replied, step after step."""
+    turns: list[tuple[str, str]] = []
+    for name, part in SECTION.findall(text):
+        if name.endswith(": agent"):
+            turns.append((part.strip(), ""))
+        elif turns:
+            turns[-1] = (turns[-1][0], part.strip())
+    return turns
+
+
+RULES: dict[str, Callable[..., Any]] = {"hop_search": hop_search}
+
+
+def main() -> None:
+    """Serve one rule until the standard input ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--rule", choices=RULES, required=True)
+    parser.add_argument("--key", default="", help="requests without it as bearer are refused")
+    asked = parser.parse_args()
+    with JudgeServer(RULES[asked.rule], port=asked.port, key=asked.key) as server:
+        print(server.url, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
