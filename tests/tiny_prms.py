@@ -1,15 +1,17 @@
-"""Tiny process reward models with random weights and a tokenizer of whole words, made on the spot for tests."""
+"""Tiny process reward models with random weights and their tokenizers, made on the spot for tests."""
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from chatml import chatml_tokenizer
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -44,7 +46,6 @@ def word_tokenizer() -> Any:
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")]
     )
-    words.decoder = decoders.Sequence([decoders.Replace("\n", "\n")])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         unk_token="[UNK]",
@@ -53,6 +54,14 @@ def word_tokenizer() -> Any:
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHATML,
     )
+    tokenizer.add_tokens([AddedToken("<extra_0>", special=False, normalized=False)])
+    return tokenizer
+
+
+@cache
+def byte_tokenizer() -> Any:
+    """One token per byte, and <extra_0>. For Qwen2, whose own tokenizer transformers takes whatever the folder says."""
+    tokenizer = copy.deepcopy(chatml_tokenizer())
     tokenizer.add_tokens([AddedToken("<extra_0>", special=False, normalized=False)])
     return tokenizer
 
@@ -66,7 +75,7 @@ def tag_id(word: str) -> int:
 def write_qwen_prm(folder: Path, *, seed: int = 0) -> Path:
     """Qwen2 with the two-layer process reward head, in the layout of Qwen2.5-Math-PRM."""
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=len(word_tokenizer()), **SIZES)
+    config = Qwen2Config(vocab_size=len(byte_tokenizer()), **SIZES)
     body = Qwen2Model(config)
     score = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
     tensors = {f"model.{name}": value for name, value in body.state_dict().items()}
@@ -75,7 +84,7 @@ def write_qwen_prm(folder: Path, *, seed: int = 0) -> Path:
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     record = config.to_dict() | {"architectures": ["Qwen2ForProcessRewardModel"], "num_labels": 2}
     (folder / "config.json").write_text(json.dumps(record))
-    word_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -47,6 +47,12 @@ class LocalText:
                 f'{self.key}.path="{cfg.path}" cannot be read: {error}. Give a folder with config.json, tokenizer and '
                 "safetensors weights of an architecture that transformers knows without remote code."
             ) from error
+        if not encode(self.tokenizer, "two words"):
+            # transformers may take another class of tokenizer than the files are for, which then drops what it reads.
+            raise ConfigError(
+                f'{self.key}.path="{cfg.path}": its tokenizer, loaded as {type(self.tokenizer).__name__}, makes no '
+                "tokens of plain words, so the model would judge empty text. Use the tokenizer files that came with it."
+            )
         try:
             self._ends = GenerationConfig.from_pretrained(cfg.path).eos_token_id
         except OSError:  # most reward models have no such file
