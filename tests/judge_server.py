@@ -3,7 +3,7 @@
 with JudgeServer(lambda messages: {"score": 7}) as server:
     ...                                   # server.url, server.requests
 
-python tests/judge_server.py --port 0 --rule hop_search       prints its address, and serves until its input ends
+python tests/judge_server.py --port 0 --rule hop_search       prints its address and serves
 """
 
 from __future__ import annotations
@@ -273,8 +273,8 @@ REFUSED = "<result> error </result>"
 def hop_search(messages: Messages, body: Mapping[str, Any]) -> dict[str, Any]:
     """Grades a step of the hop-search task by the shipped prompt of `Principles`, from its text alone.
 
-    All points for a call whose reply is new; only those for its form where the call was refused or made before; none for
-    a turn that cannot be read.
+    All points for a call whose reply is new; only those for its form where the call was refused or made before; none
+    for a turn that cannot be read.
     """
     asked = "\n".join(message["content"] for message in messages)
     sections = dict(SECTION.findall(asked))
@@ -307,7 +307,7 @@ RULES: dict[str, Callable[..., Any]] = {"hop_search": hop_search}
 
 
 def main() -> None:
-    """Serve one rule until the standard input ends."""
+    """Serve one rule until stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--rule", choices=RULES, required=True)
@@ -316,7 +316,7 @@ def main() -> None:
     with JudgeServer(RULES[asked.rule], port=asked.port, key=asked.key) as server:
         print(server.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            sys.stdin.read()
+            threading.Event().wait()
 
 
 if __name__ == "__main__":

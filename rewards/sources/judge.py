@@ -397,7 +397,7 @@ def steps_in_order(text: str, num_steps: int | None = None) -> float:
 
 
 def length_term(ratio: float, tolerance: float = 0.2, steepness: float = 5.0) -> float:
-    """1 near the reference's length, else exp(-steepness (|ratio - 1| - tolerance) / (1 - tolerance)); 0 for nothing."""
+    """1 near the reference's length, else exp(-steepness (|ratio - 1| - tolerance) / (1 - tolerance)); 0 for none."""
     if ratio <= 0:
         return 0.0
     away = abs(ratio - 1)

@@ -35,8 +35,8 @@ def nothing_leaks():
     threads, sockets = threading.active_count(), open_sockets()
     yield
     gc.collect()  # a socket that nobody closed warns here, and a warning is an error
-    assert threading.active_count() == threads
-    assert open_sockets() == sockets
+    assert threading.active_count() <= threads
+    assert open_sockets() <= sockets
 
 
 def open_sockets():
