@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,10 +115,10 @@ class Diagnostics:
 def _count(diagnostics: Any, name: str) -> int:
     if isinstance(diagnostics, Sequence) and not isinstance(diagnostics, str):
         return len(diagnostics)
-    is_number = isinstance(diagnostics, int | float) and not isinstance(diagnostics, bool)
-    if not is_number or not math.isfinite(diagnostics) or diagnostics < 0 or diagnostics != int(diagnostics):
-        raise ValueError(f'"{name}" is {diagnostics!r}; it must be a list of diagnostics or how many there are')
-    return int(diagnostics)
+    number = diagnostics if isinstance(diagnostics, int | float) and not isinstance(diagnostics, bool) else -1
+    if number >= 0 and float(number).is_integer():
+        return int(number)
+    raise ValueError(f'"{name}" is {diagnostics!r}; it must be a list of diagnostics or how many there are')
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

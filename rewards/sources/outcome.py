@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import string
 from collections import Counter
-from fractions import Fraction
 
+from rewards.numbers import number_in
 from rollout.types import StepFacts
 
-UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-NUMBER = re.compile(rf"(?<![\w.])(-?\$?-?)({UNSIGNED})(?:\s?/\s?({UNSIGNED}))?")
-"""Sign and dollar, digits with thousands' commas and decimals, and the lower half of a fraction."""
-MARKED = re.compile(r"####(.*)")
-BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 PUNCTUATION = frozenset(string.punctuation)
 ARTICLES = frozenset({"a", "an", "the"})
-MAX_DIGITS = 100
-"""Longer digit strings are no answer; Python refuses to convert those above 4,300."""
 
 
 def exact_match(facts: StepFacts, answer: str) -> float:
@@ -32,6 +23,8 @@ def exact_match(facts: StepFacts, answer: str) -> float:
 
 def numeric_match(facts: StepFacts, answer: str) -> float:
     """1 when the final answer and the reference are the same number, else 0; 0 without an answer or a number in it.
+
+    Which number of a text that is: `rewards.numbers.number_in`.
 
     Raises: ValueError when the reference holds no number, which is a failed score and not a wrong answer.
     """
@@ -67,43 +60,6 @@ def _words(text: str) -> Counter[str]:
 def normalized(text: str) -> str:
     """Lower case, single spaces, none at the ends."""
     return " ".join(text.casefold().split())
-
-
-def number_in(text: str) -> Fraction | None:
-    """The number that a text gives as its answer, exactly.
-
-    The number after the last "####", else the one in the last \\boxed{}, else the last number of the text. Commas
-    between thousands, a dollar sign, a percent sign and a trailing dot are dropped (50% is 50); a/b is a fraction.
-
-    Returns: None where there is no number, or an impossible one such as 3/0.
-    """
-    text = _plain(text)
-    for marker in (MARKED, BOXED):
-        marked = marker.findall(text)
-        if marked:
-            return _first(list(NUMBER.finditer(marked[-1])))
-    return _first(list(NUMBER.finditer(text))[-1:])
-
-
-def _plain(text: str) -> str:
-    text = LATEX_FRACTION.sub(r"\1/\2", text)
-    for latex, plain in ((r"\$", "$"), ("{,}", ","), (r"\!", ""), (r"\,", ""), ("\N{MINUS SIGN}", "-")):
-        text = text.replace(latex, plain)
-    return text
-
-
-def _first(found: list[re.Match[str]]) -> Fraction | None:
-    if not found or len(found[0].group()) > MAX_DIGITS:
-        return None
-    sign, digits, denominator = found[0].groups()
-    value, divisor = _fraction(digits), _fraction(denominator or "1")
-    if divisor == 0:
-        return None
-    return -value / divisor if "-" in sign else value / divisor
-
-
-def _fraction(digits: str) -> Fraction:
-    return Fraction(digits.replace(",", ""))
 
 
 def _require_reference(answer: str) -> None:

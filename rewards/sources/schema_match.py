@@ -55,18 +55,18 @@ def _is_valid(validator: Any, found: Any) -> bool:
 @lru_cache(NUM_SCHEMAS)
 def _validator(text: str) -> Any:
     try:
-        schema = json.loads(text)
+        schema: Any = json.loads(text)
     except ValueError as error:
         raise ValueError(f'the schema "{text[:80]}" is no JSON: {error}') from error
     if not isinstance(schema, dict | bool):
         raise ValueError(f'the schema "{text[:80]}" is a {type(schema).__name__}; it must be an object, true or false')
     kind = validators.validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
+        kind.check_schema(schema)  # pyright: ignore[reportArgumentType]
     except Exception as error:
         raise ValueError(f'the schema "{text[:80]}" is not valid: {str(error).splitlines()[0]}') from error
     # This registry knows the published meta-schemas alone; the library's default would ask the network for the rest.
-    return kind(schema, registry=validators.SPECIFICATIONS)
+    return kind(schema, registry=validators.SPECIFICATIONS)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _refuse(constant: str) -> Any:

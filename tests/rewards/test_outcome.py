@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.drawn import answer_facts, call_facts, malformed_facts
-from rewards.sources.outcome import exact_match, number_in, numeric_match, token_f1
+from rewards.numbers import number_in
+from rewards.sources.outcome import exact_match, numeric_match, token_f1
 
 
 @pytest.mark.parametrize(
