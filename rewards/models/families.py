@@ -225,7 +225,7 @@ class YesNo:
         return [Reading(token_ids=token_ids, places=[len(token_ids) - 1]) for token_ids in contexts]
 
     def _asked(self, question: str, steps: Sequence[str]) -> str:
-        return render(self._tokenizer, yes_no_messages(self._template, question, steps))
+        return render(self._tokenizer, yes_no_messages(self._template, question, steps), think=False)
 
 
 FAMILIES: dict[str, Callable[[Any], Family]] = {
@@ -382,16 +382,22 @@ def choice_ids(tokenizer: Any, context: str, choices: Sequence[str]) -> list[int
     return found
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, reply_follows: bool = True) -> str:
+def render(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, reply_follows: bool = True, think: bool = True
+) -> str:
     """The conversation in the model's own template.
 
+    Args:
+        think: False asks templates that know `enable_thinking` for an answer without thoughts before it, where the
+            answer's first token is read.
     Raises: ModelError when there is none, or it refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the model's tokenizer has no chat template, so a conversation cannot be put to it")
+    options = {} if think else {"enable_thinking": False}
     try:
         return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply_follows
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply_follows, **options
         )
     except Exception as error:  # jinja's own errors, and whatever a template raises on purpose
         raise ModelError(f"the model's chat template refuses the conversation: {error}") from error

@@ -67,7 +67,7 @@ class TransformersModel:
 
     async def choose(self, messages: Sequence[Message], choices: Sequence[str]) -> dict[str, float]:
         """Log-probability of each choice as the next token; see `RewardModel`."""
-        conversation = self._text.conversation(messages)
+        conversation = self._text.conversation(messages, think=False)
         token_ids = self._text.choice_ids(conversation, choices)
         reading = Reading(token_ids=conversation.token_ids, places=[len(conversation.token_ids) - 1])
         rows = await self._run(lambda: self._next_logprobs(reading, token_ids))

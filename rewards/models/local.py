@@ -88,12 +88,15 @@ class LocalText:
         room = self.max_tokens - (1 if self.head is Head.tokens else 0)
         return self.family, readings(self.family, text, room)
 
-    def conversation(self, messages: Sequence[Message]) -> Conversation:
-        """The tokens of a conversation. Raises: ModelError when it is too long or the model does not chat."""
+    def conversation(self, messages: Sequence[Message], *, think: bool = True) -> Conversation:
+        """The tokens of a conversation; think=False where its very next token is the answer.
+
+        Raises: ModelError when it is too long or the model does not chat.
+        """
         if self.head is Head.labels:
             raise ModelError(f"{self.key} has a head of labels: it scores steps and answers no conversation")
         said = [{**message, "content": plain(message["content"], self.tokenizer)} for message in messages]
-        text = render(self.tokenizer, said)
+        text = render(self.tokenizer, said, think=think)
         token_ids = encode(self.tokenizer, text)
         if len(token_ids) >= self.max_tokens:
             raise ModelError(

@@ -79,7 +79,7 @@ class VllmModel:
 
     async def choose(self, messages: Sequence[Message], choices: Sequence[str]) -> dict[str, float]:
         """Log-probability of each choice as the next token; see `RewardModel`."""
-        conversation = self._text.conversation(messages)
+        conversation = self._text.conversation(messages, think=False)
         token_ids = self._text.choice_ids(conversation, choices)
         logprobs = await self._next_logprobs(conversation.token_ids, token_ids)
         return dict(zip(choices, logprobs, strict=True))

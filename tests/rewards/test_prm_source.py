@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from conf.errors import ConfigError
-from rewards.drawn import parse_tree
+from conf.schema import RewardModelConfig, RewardsConfig, SourceConfig
+from rewards.drawn import parse_tree, row_of
 from rewards.models.base import MarkedText, Message, ModelError, Reply
+from rewards.service import RewardService
 from rewards.sources.prm import AGGREGATES, Aggregate, Generative, StepScores, aggregate, step_text
 from rewards.types import Score
 from rollout.tree import Tree
@@ -75,6 +77,29 @@ def test_a_step_of_several_trajectories_has_the_score_of_the_first():
             return [[len(self.texts) / 10] * len(text.steps) for text in texts]
 
     assert scored(StepScores(), parse_tree(FORK), Forgetful()) == {"a": 0.1, "b": 0.1, "b1": 0.1, "c": 0.2}
+
+
+def test_the_service_asks_the_model_that_the_source_names():
+    sources = {
+        "steps": SourceConfig(fn="rewards.sources.prm:StepScores", model="prm"),
+        "lowest": SourceConfig(fn="rewards.sources.prm:Aggregate", model="prm", args={"how": "last"}),
+        "asked": SourceConfig(fn="rewards.sources.prm:Generative", model="prm", weight=0.0),
+    }
+    model = FakeModel()
+    cfg = RewardsConfig(sources=sources, models={"prm": RewardModelConfig()})
+    service = RewardService(cfg, models={"prm": model})
+    tree = parse_tree(FORK)
+    found = asyncio.run(service.score(tree))
+    service.close()
+    assert {row: score.value for row, score in found.step_signals["step"].items()} == {
+        row_of(tree, name): value for name, value in SCORES.items()
+    }
+    assert {row: score.value for row, score in found.leaf_signals["outcome"].items()} == {
+        row_of(tree, "b1"): 0.2,
+        row_of(tree, "c"): 0.7,
+    }
+    assert found.step_scores["asked"][0].value == pytest.approx(0.908462, abs=1e-6)
+    assert found.costs["steps"].requests == 2, "one for each trajectory"
 
 
 def test_pruned_trajectories_are_not_read():

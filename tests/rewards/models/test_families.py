@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rewards.models.families import (
     only_id,
     plain,
     readings,
+    render,
     require_rows,
     token_score,
 )
@@ -233,6 +236,15 @@ def test_a_choice_of_several_tokens_is_refused():
         choice_ids(word_tokenizer(), "so ", ["Yes", "one two"])
     with pytest.raises(ModelError, match="are the same token"):
         choice_ids(word_tokenizer(), "so ", ["Yes", " Yes"])
+
+
+def test_a_model_that_thinks_is_asked_not_to_where_its_first_token_is_read():
+    thinker = copy.deepcopy(word_tokenizer())
+    no_thoughts = "{% if enable_thinking is defined and not enable_thinking %}so\n\n{% endif %}"
+    thinker.chat_template += "{%- if add_generation_prompt %}" + no_thoughts + "{% endif -%}"
+    (reading,) = readings(build_family("yes_no", thinker, key="family"), replace(TEXT, steps=("four",)), 512)
+    assert words(reading)[-3:] == ["so", "\n", "\n"]
+    assert "so" not in render(thinker, [{"role": "user", "content": "four"}])
 
 
 def test_a_family_of_conversations_needs_a_template():
