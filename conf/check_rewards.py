@@ -11,7 +11,7 @@ from conf.errors import ConfigError
 from conf.keys import did_you_mean
 from conf.plugin import load_object
 from conf.problem import Problem
-from conf.schema import Config, Level, ModelKind, RewardModelConfig, SourceConfig
+from conf.schema import Config, Level, ModelKind, PrmKind, RewardModelConfig, SourceConfig
 from conf.subject import Subject, subject_of
 
 DEFAULT_SIGNAL = {Level.step: "step", Level.trajectory: "outcome"}
@@ -26,6 +26,7 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         models_are_complete,
         parts_fit_their_signals,
         processes_can_run,
+        prm_and_its_source_come_together,
     ]
 
 
@@ -37,6 +38,8 @@ def level_of(source: SourceConfig) -> Level | None:
 
 def subject_of_source(source: SourceConfig) -> Subject | None:
     """What one call of a source is about; None when its function cannot be loaded or read, or contradicts the level."""
+    if source.prm:
+        return Subject.steps
     try:
         return subject_of("", source.level, _arguments(source))
     except (ConfigError, TypeError, ValueError, AttributeError):
@@ -76,6 +79,12 @@ def sources_can_be_loaded(cfg: Config) -> list[Problem]:
     found = []
     for name, source in cfg.rewards.sources.items():
         key = f"rewards.sources.{name}"
+        if source.prm:
+            if source.fn or source.target or source.model:
+                found.append(
+                    Problem(f"{key}.prm=true, and it names a function or a model too: which scores? Keep one.")
+                )
+            continue
         if bool(source.fn) == bool(source.target):
             state = "both fn and _target_" if source.fn else "neither fn nor _target_"
             found.append(Problem(f'{key} has {state}: exactly one says what scores. Use {key}.fn="file.py:function".'))
@@ -91,6 +100,8 @@ def subjects_are_clear(cfg: Config) -> list[Problem]:
     """What a source scores follows from its level and its arguments."""
     found = []
     for name, source in cfg.rewards.sources.items():
+        if source.prm:
+            continue
         try:
             arguments = _arguments(source)
         except (ConfigError, TypeError, ValueError, AttributeError):
@@ -175,6 +186,34 @@ def processes_can_run(cfg: Config) -> list[Problem]:
             )
         ]
     return []
+
+
+def prm_and_its_source_come_together(cfg: Config) -> list[Problem]:
+    """A process reward model of the run's own is trained to score, and one source carries its scores."""
+    named = [f"rewards.sources.{name}" for name, source in cfg.rewards.sources.items() if source.prm]
+    kind = cfg.prm.kind
+    if kind is PrmKind.none:
+        return [
+            Problem(f"{each}.prm=true, but prm.kind=none: there is no model to score. Choose prm=implicit or progress.")
+            for each in named
+        ]
+    found = []
+    if len(named) != 1:
+        found.append(
+            Problem(
+                f"prm.kind={kind.value}, and {len(named)} sources carry its scores ({', '.join(named) or 'none'}): it "
+                f"takes one with prm: true. `prm={kind.value}` as a choice brings it."
+            )
+        )
+    if cfg.prm.reference_path and kind is not PrmKind.implicit:
+        found.append(
+            Problem(
+                f'prm.reference_path="{cfg.prm.reference_path}" changes nothing: prm.kind={kind.value} compares '
+                f"with no reference.",
+                fatal=False,
+            )
+        )
+    return found
 
 
 def _arguments(source: SourceConfig) -> list[str]:

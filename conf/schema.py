@@ -295,6 +295,28 @@ class CriticKind(Enum):
     """A model of its own, with its own optimiser."""
 
 
+class PrmKind(Enum):
+    """A process reward model that the run itself trains, beside the policy."""
+
+    none = "none"
+    implicit = "implicit"
+    """beta * log(model / reference), summed over a step's tokens; learns which trajectories end well, by cross entropy
+    (PRIME, arXiv 2502.01456)."""
+    progress = "progress"
+    """What each step adds to the outcome; learns contributions that sum to it (SPA-RL, arXiv 2505.20732)."""
+
+
+class PrmOrder(Enum):
+    """When the process reward model learns from a batch."""
+
+    score_then_update = "score_then_update"
+    """After it has scored it: its scores know nothing of these outcomes."""
+    update_then_score = "update_then_score"
+    """Before."""
+    frozen = "frozen"
+    """Never; for one that was trained elsewhere."""
+
+
 class GaeLevel(Enum):
     """What one step of generalised advantage estimation is."""
 
@@ -599,6 +621,8 @@ class SourceConfig:
     """A function or class: "file.py:name" or "package.module:name"."""
     target: str = ""
     """The same as a dotted path ("package.module.name"), in YAML written `_target_`."""
+    prm: bool = False
+    """True for the source whose scores are those of the run's own process reward model (`prm.kind`); it has no fn."""
     level: str = ""
     """"step", "trajectory", "pair" or "tree"; "" reads it from the arguments: a function that asks for `step` scores
     steps, one that asks for `other` or `other_trajectory` compares two."""
@@ -831,6 +855,28 @@ class LearnerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PrmConfig:
+    """The process reward model that the run trains; the source with `prm: true` carries its scores."""
+
+    kind: PrmKind = PrmKind.none
+    path: str = ""
+    """Folder or hub name it starts from, a causal LM; "" for the policy's own first weights."""
+    reference_path: str = ""
+    """kind=implicit: the frozen reference; "" for what the model starts from."""
+    order: PrmOrder = PrmOrder.score_then_update
+    beta: float = 0.05
+    """kind=implicit: factor of the log-ratio."""
+    learning_rate: float = 1e-6
+    head_learning_rate: float = 1e-4
+    """kind=progress: of the layer that reads a step's contribution."""
+    warmup_steps: int = 0
+    max_grad_norm: float = 10.0
+    mini_batches: int = 1
+    """Optimiser steps in one pass over a batch's prompts."""
+    epochs: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
 class ClusterConfig:
     """Where the actors run."""
 
@@ -865,5 +911,6 @@ class Config:
     credit: CreditConfig = field(default_factory=CreditConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    prm: PrmConfig = field(default_factory=PrmConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -294,6 +294,8 @@ def build_sources(cfg: RewardsConfig, columns: Collection[str] | None = None) ->
     """
     sources, problems = [], []
     for name, each in cfg.sources.items():
+        if each.prm:
+            continue  # the learner's peer scores for it
         try:
             sources.append(Source(name, each, columns))
         except ConfigError as error:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class RewardService:
         Raises: ConfigError that lists the problems of all sources together.
         """
         self._cfg = cfg
+        # What the run's own process reward model says is blended in by who asks it.
+        self._blended = replace(cfg, sources={name: each for name, each in cfg.sources.items() if not each.prm})
         self._sources = build_sources(cfg, columns)
         self._of_name = {source.name: source for source in self._sources}
         self._models = _models(cfg, self._sources, models or {})
@@ -71,7 +74,7 @@ class RewardService:
             of_level = scored.step_scores if source.level is Level.step else scored.leaf_scores
             of_level[source.name] = scores
             scored.origins[source.name] = self._origin(source)
-        return scored if only is not None else blend(scored, self._cfg)
+        return scored if only is not None else blend(scored, self._blended)
 
     def use_completer(self, completer: Completer) -> None:
         """From now on, go on from steps with this one."""

@@ -54,7 +54,7 @@ def evaluate(cfg: Config, parts: Parts, source: PromptSource, num_prompts: int) 
 
 
 def evaluation_sources(cfg: Config) -> list[str]:
-    """Sources that score held-out trajectories: those that ask no model and no engine, and the one success is read of."""
+    """Sources that score held-out trajectories: the one that success is read of, and those that ask nobody."""
     sources = build_sources(cfg.rewards)
     outcome = next((source for source in sources if source.level is Level.trajectory), None)
     return [source.name for source in sources if source is outcome or not source.services]

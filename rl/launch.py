@@ -14,14 +14,17 @@ import ray
 from ray.exceptions import RayError
 
 from conf.errors import ConfigError, WaitTimeout
-from conf.schema import Config
+from conf.schema import Config, ModelKind
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
 from rewards.base import build_sources
+from rewards.models.actor import ActorModel, start_model
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
 from rl.policy.actor import LearnerGroup
+from rl.policy.prm_actor import PrmHandle
 from rl.policy.weights import WeightPublisher
+from rl.prm import has_prm
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
 from rollout.waiting import wait_all
@@ -50,10 +53,12 @@ def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
     rollout, processes = cfg.rollout, cfg.learner.num_processes
     if num_gpus == 0:
         return GpuShare(0, 0, rollout.gpu_memory_share)
-    needed = rollout.num_workers * rollout.tensor_parallel_size + processes
+    own = [model for model in cfg.rewards.models.values() if model.kind is not ModelKind.endpoint]
+    needed = rollout.num_workers * rollout.tensor_parallel_size + processes + has_prm(cfg)
+    needed += sum(model.tensor_parallel_size for model in own)
     if num_gpus >= needed:
         return GpuShare(rollout.tensor_parallel_size, 1, rollout.gpu_memory_share)
-    if rollout.tensor_parallel_size > 1 or processes > 1:
+    if rollout.tensor_parallel_size > 1 or processes > 1 or any(model.tensor_parallel_size > 1 for model in own):
         raise ConfigError(
             f"rollout.num_workers={rollout.num_workers} engines of rollout.tensor_parallel_size="
             f"{rollout.tensor_parallel_size} and learner.num_processes={processes} need {needed} GPUs, and there are "
@@ -109,6 +114,8 @@ class Parts:
     learner: LearnerGroup | None
     """None in an evaluation."""
     publisher: WeightPublisher | None
+    prm: PrmHandle | None
+    """None unless the run trains a process reward model."""
 
 
 @contextlib.contextmanager
@@ -122,15 +129,18 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
         engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
         reward_log = str(log_dir / "reward_service.log")
-        models = stack.enter_context(_reward_models(cfg, log_dir, gpu=share.per_worker > 0))
+        models = stack.enter_context(_reward_models(cfg, log_dir, share))
         cache = str(log_dir.parent / "reward_cache.sqlite")
         options = {"num_cpus": 0, "max_concurrency": 1000}
         reward_actor = RewardActor.options(**options).remote(cfg.rewards, None, reward_log, models, cache)
         stack.callback(_close_actor, reward_actor, "the reward service")
-        learner = None
+        learner = prm = None
         if with_learner:
             learner = LearnerGroup(cfg, model_path, log_dir, num_gpus=share.learner)
             stack.callback(learner.close)
+        if with_learner and has_prm(cfg):
+            prm = PrmHandle(cfg, model_path, log_dir, num_gpus=share.learner)
+            stack.callback(prm.close)
         wait_all([reward_actor.ping.remote()], limit_s=cfg.rollout.start_timeout_s, what="the reward service to start")
         pool = RolloutPool(engine_cfg, model_path, log_dir, gpus_per_worker=share.per_worker)
         stack.callback(pool.close)
@@ -139,7 +149,29 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
             learner.answer(learner.ready(), limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
             publisher = WeightPublisher(cfg, learner, pool)
             stack.callback(publisher.close)
-        yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher)
+        if prm is not None:
+            prm.answer(prm.ready(), "the process reward model to load", cfg.rollout.start_timeout_s)
+        yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher, prm)
+
+
+@contextlib.contextmanager
+def _reward_models(cfg: Config, log_dir: Path, share: GpuShare) -> Iterator[dict[str, ActorModel]]:
+    """The models of rewards.models that the run serves itself, loaded; name -> client."""
+    asked = {source.model for source in cfg.rewards.sources.values()}
+    started: dict[str, ActorModel] = {}
+    try:
+        for name, model in cfg.rewards.models.items():
+            if model.kind is ModelKind.endpoint or name not in asked:
+                continue
+            gpus = model.tensor_parallel_size if share.per_worker >= 1 else share.per_worker
+            started[name] = start_model(name, model, log_dir, num_gpus=gpus)
+        loading = [model.ready() for model in started.values()]
+        what = f"the reward models to load ({', '.join(started)})"
+        wait_all(loading, limit_s=cfg.rollout.start_timeout_s, what=what)
+        yield started
+    finally:
+        for name, model in started.items():
+            _close_actor(model.handle, f"rewards.models.{name}")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from rewards.types import Score, ScoredTree, ScoreStatus
 from rollout.tree import ROOT, Tree
 from rollout.types import StopReason
 
-STAGES = ("grow", "score", "credit", "update", "publish", "eval", "checkpoint", "step")
+STAGES = ("grow", "score", "prm", "credit", "update", "publish", "eval", "checkpoint", "step")
 """Parts of a training step that are timed; `step` is the whole of it."""
 
 
@@ -76,6 +76,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/<source>_failed_share", "scores that failed", "scores asked of the source", Better.lower),
     Metric("reward/<source>_timed_out_share", "scores that came too late", "scores asked of the source", Better.lower),
     Metric("reward/<source>_not_applicable_share", "scores with nothing to say", "scores asked of the source"),
+    Metric("reward/<source>_seconds", "time that scoring took, waiting for models included", "trees", Better.lower),
+    Metric("reward/<source>_cached_share", "calls answered from the cache or by an equal call", "calls of the source"),
+    Metric("reward/<source>_requests", "requests to the model that the source asks", "this step", Better.lower),
+    Metric("reward/<source>_retries", "requests that were repeated", "this step", Better.lower),
+    Metric("reward/<source>_tokens", "tokens of its model's prompts and replies", "this step", Better.lower),
+    Metric("reward/<source>_usd", "price of its model's tokens", "this step", Better.lower),
     Metric("credit/<term>_abs_mean", "mean size of a term's contribution to the advantage", "trained steps"),
     Metric("credit/zero_advantage_share", "steps that teach nothing", "trained steps", Better.lower),
     Metric("select/<reason>_share", "trajectories left out for this reason", "trajectories that could be trained"),
@@ -93,6 +99,23 @@ METRICS: tuple[Metric, ...] = (
     Metric("health/outcome_tokens_correlation", "outcome against tokens, within prompts", "trained trajectories"),
     Metric("health/effective_steps", "(sum w)^2 / sum w^2 of the steps' whole advantages", "this step", Better.higher),
     Metric("health/no_credit_share", "steps that teach nothing", "steps that may train", Better.lower),
+    Metric("prm/loss", "what the run's process reward model minimises", "trajectories with an outcome", Better.lower),
+    Metric("prm/grad_norm", "norm of its gradient before clipping", "optimiser steps"),
+    Metric(
+        "prm/order_accuracy",
+        "its scores put two trajectories in the order of their outcomes; 0.5 is chance",
+        "pairs of a prompt's trajectories, weighted by the difference of their outcomes",
+        Better.higher,
+    ),
+    Metric("prm/sign_accuracy", "score above 0 exactly where the outcome is above 0.5", "trajectories", Better.higher),
+    Metric(
+        "prm/calibration_error",
+        "distance of its chance of success from the success share, in ten bins",
+        "trajectories with an outcome",
+        Better.lower,
+    ),
+    Metric("prm/error", "distance of the expected outcome from the outcome", "trajectories", Better.lower),
+    Metric("prm/drift", "how far one update moved the scores of the same steps", "steps of up to 8 trees"),
     Metric("loss/total", "the loss that is minimised", "as loss.aggregation says"),
     Metric("loss/policy", "policy part of the loss", "as loss.aggregation says"),
     Metric("loss/kl", "KL part of the loss, before its weight", "as loss.aggregation says"),
@@ -304,7 +327,47 @@ def reward_metrics(scored: list[ScoredTree]) -> dict[str, float]:
     for name, scores in sources.items():
         count = Counter(score.status for score in scores)
         metrics |= {f"reward/{name}_{status}_share": count[status] / len(scores) for status in unscored}
+        metrics |= _part_means(name, scores)
+    metrics |= _costs(scored)
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _part_means(name: str, scores: list[Score]) -> dict[str, float]:
+    """Mean of each named part of a source, as reward/<source>.<part>_mean."""
+    parts: dict[str, list[float]] = {}
+    for score in scores:
+        for part, value in score.parts.items():
+            parts.setdefault(part, []).append(value)
+    return {f"reward/{name}.{part}_mean": sum(values) / len(values) for part, values in parts.items()}
+
+
+def _costs(scored: list[ScoredTree]) -> dict[str, float]:
+    """What asking each source took; requests, tokens and prices of those that ask a model alone."""
+    metrics: dict[str, float] = {}
+    for name in {name: None for tree in scored for name in tree.costs}:
+        costs = [tree.costs[name] for tree in scored if name in tree.costs]
+        metrics[f"reward/{name}_seconds"] = sum(cost.seconds for cost in costs) / len(costs)
+        calls, cached = (sum(getattr(cost, part) for cost in costs) for part in ("calls", "cached_calls"))
+        if cached:
+            metrics[f"reward/{name}_cached_share"] = cached / calls
+        requests, tries = (sum(getattr(cost, part) for cost in costs) for part in ("requests", "tries"))
+        if requests:
+            metrics[f"reward/{name}_requests"] = requests
+            metrics[f"reward/{name}_retries"] = max(0, tries - requests)
+            metrics[f"reward/{name}_tokens"] = sum(cost.prompt_tokens + cost.reply_tokens for cost in costs)
+            metrics[f"reward/{name}_usd"] = sum(cost.usd for cost in costs)
+    return metrics
+
+
+def slowest_reward(metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """Name of the source that took longest, and its seconds a tree; None where nothing was scored."""
+    ending = "_seconds"
+    seconds = {
+        name[len("reward/") : -len(ending)]: value
+        for name, value in metrics.items()
+        if name.startswith("reward/") and name.endswith(ending)
+    }
+    return max(seconds.items(), key=lambda each: each[1], default=None)
 
 
 def _pooled(tables: Iterable[Mapping[str, Mapping[int, Score]]]) -> dict[str, list[Score]]:

@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from conf.schema import Config
+from rl.metrics import slowest_reward
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40
 """Newest steps in the training curve; more would not fit a narrow terminal."""
+SLOW_REWARD_S = 0.1
+"""Seconds a tree above which the slowest reward is named."""
 WARM_START_LINES = 10
 """Lines that a warm start prints where there is no live panel."""
 
@@ -116,6 +119,9 @@ class Progress:
         yield "training", self._training()
         rewards = reward_parts(self._latest)
         yield "rewards", Text("   ".join(rewards) or "-")
+        slowest = slowest_reward(self._latest)
+        if slowest is not None and slowest[1] >= SLOW_REWARD_S:
+            yield "slowest", Text(f"{slowest[0]} {slowest[1]:.1f} s a tree")
         speed = self._latest.get("rollout/tokens_per_second")
         yield "speed", Text("-" if speed is None else f"{speed:,.0f} tokens/s")
         yield "time", Text(stage_shares(self._stage_seconds) or "-")
@@ -183,6 +189,9 @@ def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
     if "rollout/success_share" in metrics:
         parts.append(f"training {metrics['rollout/success_share']:.1%}")
     parts += reward_parts(metrics)
+    slowest = slowest_reward(metrics)
+    if slowest is not None and slowest[1] >= SLOW_REWARD_S:
+        parts.append(f"slowest reward {slowest[0]} {slowest[1]:.1f} s a tree")
     if "rollout/tokens_per_second" in metrics:
         parts.append(f"{metrics['rollout/tokens_per_second']:,.0f} tokens/s")
     if "time/step_seconds" in metrics:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import CheckpointError, ConfigError
-from conf.schema import Config
+from conf.schema import Config, PrmOrder
 from rewards.base import build_sources
 from rewards.types import ScoredTree
 from rl import checkpoint
@@ -25,7 +25,9 @@ from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
 from rl.model import resolve_model
 from rl.policy.actor import Calls, LearnerGroup
+from rl.policy.prm_actor import PrmHandle
 from rl.policy.tree_credits import tree_credits
+from rl.prm import outcomes_of, prm_source, with_prm_scores
 from rl.progress import Progress
 from rl.record import write_records
 from rl.run_folder import RunFolder, installed_versions, open_run_folder, route_logs, settings
@@ -131,6 +133,8 @@ class Run:
             self.state = RunState(**{"drawn_prompts": drawn, **stored["run"], "history": history})
             self._checkpointed_step = self.state.step
             self._ask(self._learner.load(str(found.path)), "the learner to load its checkpoint")
+            if self._parts.prm is not None:
+                self._parts.prm.answer(self._parts.prm.load(found.path), "the process reward model to load")
             assert self._parts.publisher is not None, "a training run publishes weights"
             self._parts.publisher.publish(self.state.step, [])
             self._progress.note(f"resumed {found.path} at step {self.state.step}")
@@ -174,6 +178,9 @@ class Run:
             grown = self._parts.scoring.submit(trees)
         with self._stage("score"):
             self._scored = self._scored + self._parts.scoring.collect(grown)
+        if self._parts.prm is not None:
+            with self._stage("prm"):
+                self._scored = self._prm_scored(self._parts.prm, self._scored)
         scored = self._scored
         trees_grown = [each.tree for each in scored]
         check_tool_crashes(trees_grown, self.cfg.task)
@@ -183,6 +190,22 @@ class Run:
         if successes:
             self._metrics["rollout/success_share"] = sum(successes) / len(successes)
         return scored
+
+    def _prm_scored(self, prm: PrmHandle, scored: list[ScoredTree]) -> list[ScoredTree]:
+        """The trees that lack them with the scores of the run's own process reward model."""
+        name = prm_source(self.cfg)
+        new = [each for each in scored if name not in each.step_scores]
+        if self.cfg.prm.order is PrmOrder.update_then_score:
+            self._teach_prm(prm, new)
+        started = time.monotonic()
+        said = prm.answer(prm.score([each.tree for each in new]), "the process reward model to score")
+        seconds = time.monotonic() - started
+        judged = with_prm_scores(new, said, self.cfg, updates=self.state.step, seconds=seconds)
+        return [each for each in scored if name in each.step_scores] + judged
+
+    def _teach_prm(self, prm: PrmHandle, scored: list[ScoredTree]) -> None:
+        call = prm.update(*outcomes_of(scored), self.state.step)
+        self._metrics |= prm.answer(call, "the process reward model to learn")
 
     def assign(self, scored: list[ScoredTree]) -> Credited:
         """What of the trees trains, and an advantage for every step and trajectory of it."""
@@ -214,6 +237,10 @@ class Run:
         grown = [each.tree for each in scored]
         kept = [each.tree for each in found.selection.trees]
         trees = tree_credits(kept, found.forest, found.credit, self.cfg.loss, self.cfg.rollout.max_context_tokens)
+        prm, order = self._parts.prm, self.cfg.prm.order
+        if prm is not None and order is PrmOrder.score_then_update:
+            with self._stage("prm"):
+                self._teach_prm(prm, found.selection.trees)
         with self._stage("update"):
             calls = self._learner.update(trees, self.state.step)
             self._metrics |= self._ask(calls, f"update {self.state.step}")
@@ -289,6 +316,9 @@ class Run:
 
     def _write_learner(self, folder: Path) -> None:
         self._ask(self._learner.save(str(folder)), "the learner to write its checkpoint", CHECKPOINT_LIMIT_S)
+        if self._parts.prm is not None:
+            call = self._parts.prm.save(folder)
+            self._parts.prm.answer(call, "the process reward model to write its checkpoint", CHECKPOINT_LIMIT_S)
 
     @property
     def _learner(self) -> LearnerGroup:

@@ -293,7 +293,8 @@ def _rewards(run: _Run) -> str:
     if not names:
         return ""
     rows = "".join(_reward_row(run, name.removeprefix("reward/").removesuffix("_mean")) for name in names)
-    head = "<tr><th></th><th>first</th><th>last</th><th>over the run</th><th>failed</th><th>timed out</th></tr>"
+    columns = ("", "first", "last", "over the run", "failed", "timed out", "seconds a tree")
+    head = f"<tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr>"
     return f"<section><h2>Rewards</h2><table class=numbers>{head}{rows}</table></section>"
 
 
@@ -306,8 +307,12 @@ def _reward_row(run: _Run, name: str) -> str:
     )
     return (
         f"<tr><th>{escape(name)}</th><td>{values[0]:.3f}</td><td>{values[-1]:.3f}</td>"
-        f"<td>{_spark_svg(values)}</td>{lost}</tr>"
+        f"<td>{_spark_svg(values)}</td>{lost}<td>{_seconds(run.series(f'reward/{name}_seconds'))}</td></tr>"
     )
+
+
+def _seconds(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" if values else "-"
 
 
 def _share(values: list[float]) -> str:

@@ -28,6 +28,7 @@ RAY_FILES = {
     "rewards/actor.py",
     "rewards/models/actor.py",
     "rl/policy/actor.py",
+    "rl/policy/prm_actor.py",
     "rl/launch.py",
 }
 MATHS = [

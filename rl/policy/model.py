@@ -75,7 +75,7 @@ class TreePolicy(nn.Module):
         )
         value_E = None
         if self.value_head is not None:
-            value_E = edge_values(self.value_head, hidden_TD if trains_trunk else hidden_TD.detach(), batch)
+            value_E = row_values(self.value_head, hidden_TD if trains_trunk else hidden_TD.detach(), batch.edge_row_E)
         return EdgeOutputs(logprob_E, entropy_E, value_E, router_loss)
 
 
@@ -87,9 +87,15 @@ class TreeCritic(nn.Module):
         self.backbone = cast(PreTrainedModel, model.base_model)
         self.value_head = zero_head(model)
 
-    def forward(self, batch: PackedBatch, layout: Layout) -> Tensor:
-        """Value [E] of the state before each trained token, in reward units; at least float32."""
-        return edge_values(self.value_head, tree_hidden(self.backbone, batch, layout), batch)
+    def forward(self, batch: PackedBatch, layout: Layout, *, rows: Tensor | None = None) -> Tensor:
+        """Value [E] of the state before each trained token, in reward units; at least float32.
+
+        Args:
+            rows: int64 [R], tokens of the pack behind which a value is wanted, instead of the trained tokens.
+        Returns: float [E], or [R].
+        """
+        hidden_TD = tree_hidden(self.backbone, batch, layout)
+        return row_values(self.value_head, hidden_TD, batch.edge_row_E if rows is None else rows)
 
 
 def zero_head(model: PreTrainedModel) -> nn.Linear:
@@ -101,7 +107,7 @@ def zero_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def edge_values(head: nn.Linear, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
-    """The head's value [E] of the state that each edge is predicted from, at least float32."""
-    hidden_ED = hidden_TD.index_select(0, batch.edge_row_E).to(head.weight.dtype)
-    return head(hidden_ED).sum(-1)  # of one column; a sum, because FSDP takes no views out of a module
+def row_values(head: nn.Linear, hidden_TD: Tensor, row_R: Tensor) -> Tensor:
+    """The head's value [R] of the state behind each of these tokens, at least float32."""
+    hidden_RD = hidden_TD.index_select(0, row_R).to(head.weight.dtype)
+    return head(hidden_RD).sum(-1)  # of one column; a sum, because FSDP takes no views out of a module
