@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from rewards.models.base import ModelError
-from rewards.types import Score
+from rewards.types import Cost, Score
 from rollout.tree import Tree
 
 
@@ -32,14 +32,17 @@ Grade = Callable[[str, Tree], Awaitable[dict[int, Score]]]
 class TreeEngine:
     """The argument `engine` of a reward: bound to the tree that is scored."""
 
-    def __init__(self, tree: Tree, completer: Completer | None, grade: Grade) -> None:
-        self._tree, self._completer, self._grade = tree, completer, grade
+    def __init__(self, tree: Tree, completer: Completer | None, grade: Grade, cost: Cost) -> None:
+        self._tree, self._completer, self._grade, self._cost = tree, completer, grade, cost
 
     async def complete(self, row: int, num: int) -> Tree:
         """As `Completer.complete`, of the tree that is scored."""
         if self._completer is None:
             raise ModelError("there are no engines here to go on from a step with; they are part of a training run")
-        return await self._completer.complete(self._tree, row, num)
+        found = await self._completer.complete(self._tree, row, num)
+        known = sum(len(self._tree.nodes[each].action_ids) for each in self._tree.path(row))
+        self._cost.generated_tokens += found.num_generated_tokens() - known
+        return found
 
     async def grade(self, source: str, tree: Tree | None = None) -> dict[int, Score]:
         """What another source of the run says of a tree; None for the tree that is scored.

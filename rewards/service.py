@@ -20,7 +20,7 @@ from rewards.engine import Completer, TreeEngine
 from rewards.models.base import MarkedText, Message, Reply, RewardModel
 from rewards.sandbox import Sandbox
 from rewards.types import BROKEN, Cost, Origin, Score, ScoredTree, ScoreStatus
-from rollout.tree import Tree
+from rollout.tree import ROOT, Tree
 
 MAX_EXAMPLE_CHARS = 200
 
@@ -132,7 +132,7 @@ class RewardService:
             model = source.cfg.model
             services[MODEL] = _Metered(self._models[model], cost, self._cfg.models[model])
         if ENGINE in source.services:
-            services[ENGINE] = TreeEngine(tree, self._completer, self._grade)
+            services[ENGINE] = TreeEngine(tree, self._completer, self._grade, cost)
         if source.runs_here:
             started = time.monotonic()
             answers = await source.answers(tree, calls, services)
@@ -239,7 +239,7 @@ def check_failure_budget(scored: Sequence[ScoredTree], cfg: RewardsConfig) -> No
 
 def _budget_message(source: str, broken: int, asked: int, scored: Sequence[ScoredTree], cfg: RewardsConfig) -> str:
     tree, row, score = next(_broken_scores(source, scored))
-    text = tree.nodes[row].action_text
+    text = tree.prompt.question if row == ROOT else tree.nodes[row].action_text
     shown = text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[:MAX_EXAMPLE_CHARS]}..."
     if score.status is ScoreStatus.timed_out:
         remedy = f"Make it faster or raise rewards.sources.{source}.timeout_s"

@@ -89,6 +89,8 @@ class Cost:
     prompt_tokens: int = 0
     reply_tokens: int = 0
     usd: float = 0.0
+    generated_tokens: int = 0
+    """Tokens that the policy sampled for it, going on from steps."""
 
 
 @dataclass(kw_only=True, slots=True)

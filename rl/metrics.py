@@ -82,6 +82,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/<source>_retries", "requests that were repeated", "this step", Better.lower),
     Metric("reward/<source>_tokens", "tokens of its model's prompts and replies", "this step", Better.lower),
     Metric("reward/<source>_usd", "price of its model's tokens", "this step", Better.lower),
+    Metric("reward/<source>_generated_tokens", "tokens sampled to measure values, going on from steps", "this step"),
     Metric("credit/<term>_abs_mean", "mean size of a term's contribution to the advantage", "trained steps"),
     Metric("credit/zero_advantage_share", "steps that teach nothing", "trained steps", Better.lower),
     Metric("select/<reason>_share", "trajectories left out for this reason", "trajectories that could be trained"),
@@ -348,6 +349,9 @@ def _costs(scored: list[ScoredTree]) -> dict[str, float]:
         costs = [tree.costs[name] for tree in scored if name in tree.costs]
         metrics[f"reward/{name}_seconds"] = sum(cost.seconds for cost in costs) / len(costs)
         calls, cached = (sum(getattr(cost, part) for cost in costs) for part in ("calls", "cached_calls"))
+        generated = sum(cost.generated_tokens for cost in costs)
+        if generated:
+            metrics[f"reward/{name}_generated_tokens"] = generated
         if cached:
             metrics[f"reward/{name}_cached_share"] = cached / calls
         requests, tries = (sum(getattr(cost, part) for cost in costs) for part in ("requests", "tries"))

@@ -248,6 +248,7 @@ class Run:
         self.state.drawn_prompts += self._drawn
         self.state.history = dict(found.credit.history)
         self.state.generated_tokens += int(self._metrics["rollout/generated_tokens"])
+        self.state.generated_tokens += sum(cost.generated_tokens for each in scored for cost in each.costs.values())
         self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
         with self._stage("publish"):
             self._metrics |= self._parts.publisher.publish(self.state.step, grown)

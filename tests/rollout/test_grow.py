@@ -8,10 +8,10 @@ from fakes import CRASH, END, GO, REPLY, FakeEngine, LetterEnvironment, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.errors import ToolCrashed
+from conf.errors import DataError, ToolCrashed
 from conf.schema import ExpanderKind, RolloutConfig, TaskConfig
 from rollout.expand import build_expander
-from rollout.grow import grow_tree
+from rollout.grow import complete_path, grow_tree
 from rollout.health import check_tool_crashes
 from rollout.tree import ROOT, Tree
 from rollout.types import StopReason
@@ -140,3 +140,34 @@ def test_rows_are_depth_first():
     for first in tree.children(ROOT):
         visit(first)
     assert order == list(range(len(tree.nodes)))
+
+
+def complete(tree: Tree, row: int, num: int, engine: FakeEngine, seed: int = 1) -> Tree:
+    steps = [tree.nodes[each] for each in tree.path(row)]
+    return asyncio.run(complete_path(tree.prompt, steps, num, engine, LetterEnvironment(), CHAINS, seed))
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_what_goes_on_from_a_step_keeps_its_path_and_ends_in_its_own_ways(seed: int):
+    tree = grow(seed=seed)
+    inner = [row for row, node in enumerate(tree.nodes) if node.stop is StopReason.continues]
+    for row in [ROOT, *inner[:2]]:
+        engine = FakeEngine()
+        found = complete(tree, row, 4, engine)
+        start = len(tree.path(row)) - 1
+        assert [node.action_ids for node in found.nodes[: start + 1]] == [
+            tree.nodes[each].action_ids for each in tree.path(row)
+        ]
+        assert len(found.children(start)) == len(found.leaves()) == 4
+        assert all(context[: len(tree.path_ids(row))] == tree.path_ids(row) for context, _ in engine.requests)
+        assert complete(tree, row, 4, FakeEngine()) == found  # the same seed goes on in the same ways
+
+
+def test_a_world_that_answers_otherwise_the_second_time_is_no_place_to_go_on_from():
+    tree = grow(engine=always(GO))
+    tree.nodes[0].observation_ids = [REPLY, REPLY]
+    with pytest.raises(DataError, match=r"acting step 0 of .* again gave .* Tools must answer the same call alike"):
+        DataError, match=r"acting step 0 of prompt .* again gave .* Tools must answer the same call alike"
+    ):
+        complete(tree, 0, 2, FakeEngine())
