@@ -50,7 +50,7 @@ async def ask(
 ) -> dict[str, Any]:
     """Ask until a reply satisfies the schema; what the model itself retries is not counted here.
 
-    The second try has the next seed, and a temperature of `AGAIN_TEMPERATURE` where the model's own is 0.
+    The second try has the next seed, and `AGAIN_TEMPERATURE` where the model's own temperature is 0 or not known.
 
     Args:
         tries: most replies to ask for.
