@@ -181,7 +181,7 @@ class EndpointModel:
         except _Refused as error:
             self._breaker.succeeded()  # it is there
             raise ModelError(str(error)) from None
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a request that cannot be written: nothing was learnt of the server
             if is_admitted:
                 self._breaker.abandoned()
             raise
@@ -205,7 +205,9 @@ class EndpointModel:
         return max(last.retry_after_s, pause_s * (1 + self._random.random()) / 2)
 
     async def _tried(self, client: AsyncOpenAI, body: dict[str, Any]) -> dict[str, Any]:
-        headers = None if self._secret.value else {"Authorization": omit}
+        # What the client reads from the environment by itself is for OpenAI and for nobody else.
+        theirs = () if self._url.hostname == OPENAI_HOST else ("OpenAI-Organization", "OpenAI-Project")
+        headers = dict.fromkeys(theirs if self._secret.value else (*theirs, "Authorization"), omit)
         try:
             raw = await client.chat.completions.with_raw_response.create(**body, extra_headers=headers)
             text = raw.text

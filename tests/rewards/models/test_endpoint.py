@@ -223,6 +223,18 @@ def test_after_its_rest_a_server_is_asked_again():
         assert said(model).text == "yes"
 
 
+def test_a_request_that_cannot_be_written_does_not_use_up_the_one_try_after_a_rest():
+    now = [0.0]
+    with JudgeServer("yes", faults=[status(500)]) as server:
+        cfg = config(server, max_retries=0, breaker_failures=1, breaker_rest_s=30.0)
+        model = EndpointModel(cfg, clock=lambda: now[0])
+        assert "500" in reason_of(model)
+        now[0] = 30.0
+        with pytest.raises(TypeError):
+            asyncio.run(model.chat([{"role": "user", "content": object()}]))
+        assert said(model).text == "yes"
+
+
 def test_a_refusal_does_not_count_as_a_lost_request():
     with JudgeServer(faults=[status(400)] * 3) as server:
         model = model_of(server, max_retries=0, breaker_failures=2)
@@ -332,10 +344,12 @@ def test_a_model_is_pickled_without_its_key(monkeypatch):
 
 
 def test_a_server_that_wants_no_key_gets_none(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "another's")
     with JudgeServer() as server:
         said(model_of(server))
     assert "authorization" not in server.headers[0]
+    assert "another's" not in server.headers[0].values()
 
 
 def test_a_wrong_key_names_its_variable_and_never_itself(monkeypatch):
