@@ -206,8 +206,8 @@ class EndpointModel:
 
     async def _tried(self, client: AsyncOpenAI, body: dict[str, Any]) -> dict[str, Any]:
         # What the client reads from the environment by itself is for OpenAI and for nobody else.
-        theirs = () if self._url.hostname == OPENAI_HOST else ("OpenAI-Organization", "OpenAI-Project")
-        headers = dict.fromkeys(theirs if self._secret.value else (*theirs, "Authorization"), omit)
+        unsent: list[str] = [] if self._url.hostname == OPENAI_HOST else ["OpenAI-Organization", "OpenAI-Project"]
+        headers = dict.fromkeys(unsent if self._secret.value else [*unsent, "Authorization"], omit)
         try:
             raw = await client.chat.completions.with_raw_response.create(**body, extra_headers=headers)
             text = raw.text
