@@ -113,6 +113,7 @@ def has_critic_scope(cfg: CreditConfig) -> bool:
 def no_secrets_in_args(cfg: Config) -> list[Problem]:
     """The configuration is written to the run folder and to the tracker."""
     args = {f"rewards.sources.{name}.args": source.args for name, source in cfg.rewards.sources.items()}
+    args |= {f"rewards.models.{name}.extra_body": model.extra_body for name, model in cfg.rewards.models.items()}
     args |= {f"credit.terms.{name}.args": term.args for name, term in cfg.credit.terms.items()}
     return [
         Problem(

@@ -581,8 +581,13 @@ class RewardModelConfig:
     breaker_rest_s: float = 30.0
     """... for so long; then one is tried."""
     temperature: float = 0.0
+    sends_temperature: bool = True
+    """endpoint: false for models that take none but their own."""
     max_tokens: int = 1024
     """Tokens of one reply."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """endpoint: further fields of every request, e.g. {reasoning_effort: low} or, for vLLM,
+    {chat_template_kwargs: {enable_thinking: false}}."""
     structured: bool = True
     """Ask for replies in the form of the source's JSON schema; false for servers that do not know response_format.
     Replies are held against the schema either way."""

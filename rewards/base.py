@@ -467,5 +467,14 @@ def _file_digest(path: str | None) -> str:
 
 def _answering(model: RewardModelConfig | None) -> dict[str, Any]:
     """Settings of a model that its answers depend on."""
-    names = ("temperature", "max_tokens", "structured", "family", "dtype", "max_context_tokens")
+    names = (
+        "temperature",
+        "sends_temperature",
+        "max_tokens",
+        "extra_body",
+        "structured",
+        "family",
+        "dtype",
+        "max_context_tokens",
+    )
     return {} if model is None else {each: getattr(model, each) for each in names}

@@ -146,9 +146,11 @@ class EndpointModel:
         body: dict[str, Any] = {
             "model": self.cfg.path,
             "messages": [dict(message) for message in messages],
-            "temperature": self.cfg.temperature if temperature is None else temperature,
             limit: self.cfg.max_tokens if max_tokens is None else max_tokens,
+            **self.cfg.extra_body,
         }
+        if self.cfg.sends_temperature:
+            body["temperature"] = self.cfg.temperature if temperature is None else temperature
         return body if seed is None else body | {"seed": seed}
 
     async def _asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -424,3 +424,10 @@ def test_it_says_which_model_answers_where():
     assert (
         EndpointModel(cfg)._body(ASKED, temperature=None, max_tokens=None, seed=None)["max_completion_tokens"] == 1024
     )
+
+
+def test_a_request_carries_further_fields_and_leaves_out_a_temperature_that_the_model_refuses():
+    with JudgeServer("fine") as server:
+        said(model_of(server, extra_body={"reasoning_effort": "low"}, sends_temperature=False))
+    assert server.requests[0]["reasoning_effort"] == "low"
+    assert "temperature" not in server.requests[0]
