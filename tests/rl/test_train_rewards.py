@@ -27,7 +27,7 @@ SMALL = [
     "run.checkpoint_every_steps=2",
     "rollout.prompts_per_step=4",
     "rollout.num_leaves=4",
-    "model.warm_start.num_steps=60",
+    "model.warm_start.num_steps=250",
 ]
 STRANGER = """
 def rarer(step, siblings, relations):
