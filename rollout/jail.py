@@ -172,7 +172,7 @@ def isolation_problem() -> str:
 def _run(code: str, stdin: str, limits: Limits, isolated: bool, channel: bytes) -> Outcome | str:
     folder = mkdtemp(prefix="grove-jail-")
     try:
-        with _sealed(stdin.encode(errors="surrogateescape")) as stdin_fd, _sealed(channel) as channel_fd:
+        with _sealed(stdin.encode(errors="replace")) as stdin_fd, _sealed(channel) as channel_fd:
             return _guarded(code, stdin_fd, channel_fd, limits, isolated, folder)
     finally:
         # Not shutil.rmtree: a program can leave folders deeper than Python recurses.
