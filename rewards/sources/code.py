@@ -151,9 +151,7 @@ def _parsed(tests: Any) -> Assertions | list[Case]:
             return _assertions(tests)
         tests = listed
     if not isinstance(tests, Sequence) or not tests:
-        raise ValueError(
-            f"the tests are {str(tests)[:80]!r}; give assertions as text, or a list of cases or assertions"
-        )
+        raise ValueError(f"the tests are {str(tests)[:80]!r}; give assertions as text or a list, or a list of cases")
     if all(isinstance(each, str) for each in tests):
         return _assertions("\n".join(tests))
     return [_case(each) for each in tests]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 import warnings
@@ -99,4 +98,5 @@ def _library() -> Any:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("math_verify")
+        import math_verify
+    return math_verify
