@@ -287,7 +287,7 @@ def _build_room(request: dict) -> str:
     base = request["folder"]
     _mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=755,size={request['disk_bytes']},nr_inodes={NUM_FILES}")
     root = f"{base}/room"
-    for name in ("work", "tmp", "dev/shm"):
+    for name in ("box", "tmp", "dev/shm"):
         os.makedirs(f"{root}/{name}", exist_ok=True)
     for name in ("tmp", "dev/shm"):
         os.chmod(f"{root}/{name}", 0o1777)
@@ -305,8 +305,8 @@ def _build_room(request: dict) -> str:
         root = "/room"
     # In a changed root the kernel refuses further user namespaces, and with them their powers.
     os.chroot(root)
-    os.chdir("/work")
-    return "/work"
+    os.chdir("/box")
+    return "/box"
 
 
 def _show(folder: str, root: str) -> None:

@@ -231,7 +231,7 @@ def test_all_files_together_have_a_limit():
         total = 0
         try:
             for place in range(100):
-                for folder in ("/work", "/tmp", "/dev/shm"):
+                for folder in ("/box", "/tmp", "/dev/shm"):
                     with open(f"{folder}/{place}", "wb") as file: total += file.write(bytes(1 << 20))
         except OSError as error: print(error.errno, total >> 20)
     """
