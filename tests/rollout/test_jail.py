@@ -22,7 +22,6 @@ from rollout.jail import Ended, Isolation, JailError, Limits, Outcome, isolation
 pytestmark = pytest.mark.slow  # each starts a process or several
 ROOT = Path(__file__).parents[2]
 SYSTEM_PYTHON = Path("/usr/bin/python3.11")
-DEAF = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)"
 PROGRAM_LINE = b"\0-s\0-S\0-P\0-B\0main.py"
 
 
