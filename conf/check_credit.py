@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 
-from conf.check_rewards import fed_signals, level_of, signals_of, trained_sources
+from conf.check_rewards import fed_signals, level_of, outcome_source, signals_of, trained_sources
 from conf.errors import ConfigError
 from conf.keys import did_you_mean
 from conf.plugin import load_object
@@ -28,6 +28,7 @@ from conf.schema import (
     LossKind,
     Normalizer,
     OldLogprobs,
+    PrmKind,
     Read,
     Return,
     Scope,
@@ -410,6 +411,7 @@ def _unfed(cfg: Config, key: str, signal: str, fed: dict[str, list[str]]) -> str
 def signals_are_used(cfg: Config) -> list[Problem]:
     """A source that trains nothing should say so by weight 0."""
     used = used_signals(cfg)
+    teaches = {outcome_source(cfg)} if cfg.prm.kind is not PrmKind.none else set()
     return [
         Problem(
             f'rewards.sources.{name} feeds "{source.signal or " or ".join(sorted(signals_of(source)))}", which no term '
@@ -418,7 +420,7 @@ def signals_are_used(cfg: Config) -> list[Problem]:
             fatal=False,
         )
         for name, source in trained_sources(cfg).items()
-        if not signals_of(source) & used
+        if not signals_of(source) & used and name not in teaches
     ]
 
 

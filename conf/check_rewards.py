@@ -12,7 +12,7 @@ from conf.keys import did_you_mean
 from conf.plugin import load_object
 from conf.problem import Problem
 from conf.schema import Config, Level, ModelKind, PrmKind, RewardModelConfig, SourceConfig
-from conf.subject import Subject, subject_of
+from conf.subject import Subject, argument_names, subject_of
 
 DEFAULT_SIGNAL = {Level.step: "step", Level.trajectory: "outcome"}
 
@@ -53,6 +53,11 @@ def signals_of(source: SourceConfig) -> set[str]:
         return {source.signal} | of_parts
     level = level_of(source)
     return ({DEFAULT_SIGNAL[level]} if level else set(DEFAULT_SIGNAL.values())) | of_parts
+
+
+def outcome_source(cfg: Config) -> str | None:
+    """Name of the first source of trajectories, which success is read of and a process reward model learns from."""
+    return next((name for name, source in cfg.rewards.sources.items() if level_of(source) is Level.trajectory), None)
 
 
 def trained_sources(cfg: Config) -> dict[str, SourceConfig]:
@@ -218,4 +223,5 @@ def prm_and_its_source_come_together(cfg: Config) -> list[Problem]:
 
 def _arguments(source: SourceConfig) -> list[str]:
     plugin = loaded_source(source)
-    return list(inspect.signature(plugin.__call__ if inspect.isclass(plugin) else plugin).parameters)
+    parameters = inspect.signature(plugin.__call__ if inspect.isclass(plugin) else plugin).parameters
+    return list(argument_names(parameters).values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 
 from conf.errors import ConfigError
@@ -43,6 +44,17 @@ class Subject(StrEnum):
         return self in (Subject.step_pair, Subject.trajectory_pair)
 
 
+TREE_ARGUMENTS = (
+    *("step", "siblings", "trajectory", "facts", "other", "other_trajectory", "steps", "trajectories", "rows"),
+    *("tree", "prompt", "question", "answer"),
+)
+"""Arguments that the tree fills."""
+SERVICES = ("model", "engine")
+"""Arguments that only a reward service can fill."""
+ARGUMENTS = (*TREE_ARGUMENTS, *SERVICES)
+"""Any other name is a column of the prompt or one of the source's `args`."""
+ARGUMENT_OF_TYPE = {"Node": "step", "StepFacts": "facts", "Tree": "tree", "Prompt": "prompt"}
+"""A parameter of another name gets these by its annotation."""
 OF_STEPS = (Subject.step, Subject.step_pair, Subject.steps)
 STEP_ARGUMENTS = ("step", "siblings")
 """Arguments that exist where single steps are scored: asking for one makes a source a step source."""
@@ -53,13 +65,24 @@ SINGLE_ARGUMENTS = ("step", "siblings", "trajectory", "facts", "other", "other_t
 LEVELS = ("step", "trajectory", "pair", "tree")
 
 
+def argument_names(parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+    """Parameter -> the argument it asks for: its own name where that is known, else by its annotation, as `s: Node`."""
+    return {name: name if name in ARGUMENTS else _by_type(each) or name for name, each in parameters.items()}
+
+
+def _by_type(parameter: inspect.Parameter) -> str | None:
+    annotation = parameter.annotation
+    written = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return ARGUMENT_OF_TYPE.get(written.rpartition(".")[2])
+
+
 def subject_of(key: str, level: str, arguments: Collection[str]) -> Subject:
     """What a source with these arguments is asked about.
 
     Args:
         key: of the source, for messages.
         level: as configured; "" leaves it to the arguments.
-        arguments: names of the function's parameters.
+        arguments: names of what it asks for (`argument_names`).
     Raises: ConfigError where the arguments contradict each other or the level.
     """
     if level not in ("", *LEVELS):

@@ -30,7 +30,7 @@ class WorkerCompleter:
 
     def __init__(self, workers: Sequence[Any], rollout: RolloutConfig) -> None:
         self._rollout = rollout
-        self._running = {worker: 0 for worker in workers}
+        self._running = dict.fromkeys(workers, 0)
 
     async def complete(self, tree: Tree, row: int, num: int) -> Tree:
         """As `rewards.engine.Completer.complete`."""

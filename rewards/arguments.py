@@ -5,36 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from conf.subject import STEP_ARGUMENTS
+from conf.subject import SERVICES
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt
 
-TREE_ARGUMENTS = (
-    *STEP_ARGUMENTS,
-    "trajectory",
-    "facts",
-    "other",
-    "other_trajectory",
-    "steps",
-    "trajectories",
-    "rows",
-    "tree",
-    "prompt",
-    "question",
-    "answer",
-)
-"""Arguments that the tree fills."""
-MODEL = "model"
-ENGINE = "engine"
-SERVICES = (MODEL, ENGINE)
-"""Arguments that only a reward service can fill."""
-ARGUMENTS = (*TREE_ARGUMENTS, *SERVICES)
-"""Any other name is a column of the prompt or one of the source's `args`."""
+MODEL, ENGINE = SERVICES
 DIGEST_BYTES = 16
 
 
@@ -55,9 +35,9 @@ class Arguments:
         """Args: `args` of the function's own; `services`: what fills `model` and `engine`."""
         self._tree, self._args, self._services = tree, args, services
 
-    def of(self, call: Call, names: Collection[str]) -> dict[str, Any]:
-        """Values of the named arguments."""
-        return {name: self._value(name, call) for name in names}
+    def of(self, call: Call, names: Mapping[str, str]) -> dict[str, Any]:
+        """Values of the arguments, by parameter; `names` says which parameter asks for which."""
+        return {parameter: self._value(name, call) for parameter, name in names.items()}
 
     def _value(self, name: str, call: Call) -> Any:
         tree, row = self._tree, call.rows[0]
@@ -92,14 +72,14 @@ class Arguments:
             return self._services[name]
         return self._args[name] if name in self._args else tree.prompt.data[name]
 
-    def digest(self, call: Call, names: Collection[str], version: str) -> str:
+    def digest(self, call: Call, names: Mapping[str, str], version: str) -> str:
         """Name of the content of a call: equal for calls that a function of `version` must answer alike.
 
         Content is what was said and done: tokens, texts, facts, the prompt and its columns. Log-probabilities, versions
         of weights and row numbers are none.
         """
         found = blake2b(version.encode(), digest_size=DIGEST_BYTES)
-        for name in names:
+        for name in names.values():
             found.update(name.encode() + b"\0" + self._content(name, call))
         return found.hexdigest()
 

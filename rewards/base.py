@@ -16,8 +16,8 @@ from typing import Any
 from conf.errors import ConfigError
 from conf.plugin import load_object
 from conf.schema import Cache, Level, RewardModelConfig, RewardsConfig, SourceConfig
-from conf.subject import Subject, subject_of
-from rewards.arguments import ARGUMENTS, MODEL, SERVICES, Arguments, Call
+from conf.subject import ARGUMENTS, SERVICES, Subject, argument_names, subject_of
+from rewards.arguments import MODEL, Arguments, Call
 from rewards.returned import failed_call, score_of, scores_of, told
 from rewards.types import BROKEN, Origin, Score
 from rollout.tree import ROOT, Tree
@@ -46,6 +46,7 @@ class Source:
     - `other`, `other_trajectory`: what the step or the trajectory is compared with;
     - `tree`, `prompt`, `question`, `answer`: as they are;
     - `model`: the one that `SourceConfig.model` names; `engine`: grows trajectories on from a step (`rewards.engine`);
+    - a parameter of another name that is annotated `Node`, `StepFacts`, `Tree` or `Prompt`: that;
     - any other name: the entry of `SourceConfig.args`, else the prompt's column of that name, else its own default.
 
     A class is made once per process with `args` as keyword arguments; its `__call__` is then the function. Functions
@@ -70,7 +71,8 @@ class Source:
         self._plugin: Any = _plugin(self.key, self.spec)
         self._is_class = inspect.isclass(self._plugin)
         self._parameters = _parameters(self.key, self._plugin)
-        self.subject = subject_of(self.key, cfg.level, self._parameters)
+        self._argument_of = argument_names(self._parameters)
+        self.subject = subject_of(self.key, cfg.level, self._argument_of.values())
         _check_args(self.key, cfg.args, self._plugin, self._parameters)
         self._check_services()
         self._check_columns(columns)
@@ -100,7 +102,7 @@ class Source:
     @property
     def services(self) -> set[str]:
         """`model`, `engine`: what it asks for that is not in the tree."""
-        return self._parameters.keys() & set(SERVICES)
+        return set(self._argument_of.values()) & set(SERVICES)
 
     @property
     def uses_cache(self) -> bool:
@@ -232,9 +234,9 @@ class Source:
         except (Exception, SystemExit) as error:
             return failed_call(error, call)
 
-    def _filled(self, prompt: Prompt) -> list[str]:
-        """Parameters that get a value; the others keep their default."""
-        return [name for name in self._parameters if self._is_known(name, prompt.data)]
+    def _filled(self, prompt: Prompt) -> dict[str, str]:
+        """Parameters that get a value, and the argument each asks for; the others keep their default."""
+        return {parameter: name for parameter, name in self._argument_of.items() if self._is_known(name, prompt.data)}
 
     def _is_known(self, name: str, columns: Collection[str]) -> bool:
         return name in ARGUMENTS or name in self._function_args() or name in columns
@@ -247,7 +249,7 @@ class Source:
         return [
             name
             for name, parameter in self._parameters.items()
-            if parameter.default is parameter.empty and not self._is_known(name, columns)
+            if parameter.default is parameter.empty and not self._is_known(self._argument_of[name], columns)
         ]
 
     def _missing_columns(self, prompt: Prompt) -> str:

@@ -21,7 +21,8 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from conf.schema import RewardsConfig, SourceConfig
-from rewards.arguments import SERVICES, Call
+from conf.subject import SERVICES
+from rewards.arguments import Call
 from rewards.base import Answers, Source
 from rewards.models.base import ModelError
 from rollout.tree import Tree

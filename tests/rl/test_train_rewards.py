@@ -27,7 +27,7 @@ SMALL = [
     "run.checkpoint_every_steps=2",
     "rollout.prompts_per_step=4",
     "rollout.num_leaves=4",
-    "model.warm_start.num_steps=250",
+    "model.warm_start.num_steps=60",
 ]
 STRANGER = """
 def rarer(step, siblings, relations):
@@ -88,9 +88,11 @@ def test_primes_reward_model_learns_beside_the_policy_and_resumes_to_the_last_bi
     assert tree.scored.origins["implicit"].version == "3"  # it had learnt from three batches
 
 
-def test_a_model_of_progress_feeds_the_critics_rewards(room: Path):
+def test_a_model_of_progress_feeds_the_critics_rewards(room: Path, tmp_path: Path):
+    file = tmp_path / "outcome.py"
+    file.write_text("def brief(trajectory): return 1 / len(trajectory)")  # the barely trained policy is never right
     spa = ("experiment=hop_search_ppo", "credit=spa_rl", "prm=progress", "rollout.num_workers=1", "run.num_steps=2")
-    folder = train(room, "progress", *spa, "prm.learning_rate=1e-3", "prm.head_learning_rate=1e-2")
+    folder = train(room, "progress", *spa, "prm.head_learning_rate=1e-2", f"rewards.sources.answer.fn={file}:brief")
     _, second = [row for row in metrics(folder) if "prm/loss" in row]
     assert second["reward/contribution_mean"] != 0
     assert second["prm/loss"] < 1
