@@ -192,8 +192,18 @@ class Source:
         calls = self.calls(tree)
         return self.folded(tree, calls, asyncio.run(self.answers(tree, calls, services or {})))
 
-    async def answers(self, tree: Tree, calls: Sequence[Call], services: Mapping[str, Any]) -> Answers:
-        """What its function says in each call. What is awaited beyond `timeout_s` is cancelled and timed out."""
+    async def answers(
+        self,
+        tree: Tree,
+        calls: Sequence[Call],
+        services: Mapping[str, Any],
+        starts: Callable[[int], None] = lambda number: None,
+    ) -> Answers:
+        """What its function says in each call. What is awaited beyond `timeout_s` is cancelled and timed out.
+
+        Args:
+            starts: told the number of each call of a plain function before it is made.
+        """
         self.set_up()
         reason = self._setup_error or self._missing_columns(tree.prompt)
         if reason:
@@ -202,7 +212,11 @@ class Source:
         if self.is_async:
             tasks = [asyncio.ensure_future(self._awaited(arguments.of(call, names), call)) for call in calls]
             return await _settled(tasks, calls, self.timeout_s)
-        return [self._called(arguments.of(call, names), call) for call in calls]
+        said = []
+        for number, call in enumerate(calls):
+            starts(number)
+            said.append(self._called(arguments.of(call, names), call))
+        return said
 
     def folded(self, tree: Tree, calls: Sequence[Call], answers: Answers) -> dict[int, Score]:
         """The score of each row, from all calls; of pairs, the mean over the others of half the difference of the two

@@ -62,6 +62,8 @@ class Pending:
         """Done when set-up is and scoring begins."""
         self.answers: Future[Answers | str] = Future()
         """The answers, or why there are none. Raises ProcessDied."""
+        self.current: Callable[[], int] = lambda: 0
+        """Number of the call that a plain function is in."""
 
 
 class Lane:
@@ -122,7 +124,8 @@ class _Child:
         self._lock, self._reaping = threading.Lock(), threading.Lock()
         self._exit_code: int | None = None
         self._output_left = MAX_OUTPUT_BYTES
-        arguments = (child_end, child_output, tuple(cfg.pass_env), cfg.memory_limit_mib)
+        self._current = context.RawValue("q", 0)
+        arguments = (child_end, child_output, self._current, tuple(cfg.pass_env), cfg.memory_limit_mib)
         self._process: SpawnProcess = context.Process(target=_serve, args=arguments, name="reward")
         self._process.start()
         child_end.close()
@@ -141,6 +144,7 @@ class _Child:
             number = self._count
             self._pending[number] = pending
             self._output_left = MAX_OUTPUT_BYTES
+        pending.current = lambda: self._current.value
         self._send(("score", number, message))
         return pending
 
@@ -248,7 +252,7 @@ def secret_names(names: Iterable[str], passed: Collection[str]) -> list[str]:
     return [name for name in names if SECRET_NAME.search(name) and name not in passed]
 
 
-def _serve(pipe: Connection, output: Connection, passed: Collection[str], memory_limit_mib: int) -> None:
+def _serve(pipe: Connection, output: Connection, current: Any, passed: Collection[str], memory_limit_mib: int) -> None:
     """What the child does: score what comes until the parent is gone."""
     os.setsid()  # one group with whatever the user's code starts, so that all of it can be killed
     sys.stdout.flush()
@@ -266,15 +270,15 @@ def _serve(pipe: Connection, output: Connection, passed: Collection[str], memory
     # SIGALRM's default action is the kernel's own: it ends even a child that hangs in C code and has lost its parent.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with asyncio.Runner() as runner, suppress(EOFError, OSError, KeyboardInterrupt):
-        runner.run(_Server(pipe).run())
+        runner.run(_Server(pipe, current).run())
     os._exit(0)  # a thread of the user's code must not keep the process
 
 
 class _Server:
     """The child's side of the pipe."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Connection, current: Any) -> None:
+        self._pipe, self._current = pipe, current
         self._sources: dict[str, Source] = {}
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._count = 0
@@ -299,13 +303,14 @@ class _Server:
         limit_s = 0.0
         try:
             request, services = pickle.loads(message)  # as Connection.recv does; our own parent wrote it
+            self._starts(0)
             source = self._source(request)
             self._pipe.send(("ready", number, None))
             limit_s = source.timeout_s + ORPHAN_GRACE_S
             self._limits.append(limit_s)
             self._wind_up()
             remote = {name: _Remote(self, number, name) for name in services}
-            reply: Answers | str = await source.answers(request.tree, request.calls, remote)
+            reply: Answers | str = await source.answers(request.tree, request.calls, remote, self._starts)
         except BaseException as error:  # also sys.exit and KeyboardInterrupt of the user's code: an answer is owed
             reply = f"{type(error).__name__}: {error}"
         if limit_s:
@@ -319,6 +324,10 @@ class _Server:
             source = self._sources[request.name] = Source(request.name, request.cfg)
         source.set_up()
         return source
+
+    def _starts(self, number: int) -> None:
+        """Leave word of the call that begins, for whoever finds us hanging or dead."""
+        self._current.value = number
 
     def _wind_up(self) -> None:
         """Set the alarm that ends a child whose event loop does not turn any more."""

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,6 +20,8 @@ from rollout.tree import Tree
 
 MAX_TRIES = 2
 """A process that died is asked once more: who killed it was often somebody else."""
+MAX_PLAIN_TRIES = 4
+"""Of a plain function with a tree: each may find one more step that hangs or kills, until the rest is given up."""
 
 
 class Sandbox:
@@ -64,27 +67,55 @@ class Sandbox:
         self._threads.shutdown(wait=True)
 
     def _answers_of_plain(self, source: Source, request: Request) -> tuple[Answers, float]:
-        lane = self._free.get()
-        started = time.monotonic()
+        """All calls in one process; one that hangs or ends the process is left out and the others are asked again."""
+        lane, seconds = self._free.get(), 0.0
+        left, said = list(range(len(request.calls))), {}
+        died_in: int | None = None
+        reason = Score.failed("no try was made")
         try:
-            for number in range(1, MAX_TRIES + 1):
+            for _ in range(MAX_PLAIN_TRIES):
+                part = replace(request, calls=tuple(request.calls[each] for each in left))
+                started = time.monotonic()
                 try:
-                    pending = lane.submit(request, {}, None)
+                    pending = lane.submit(part, {}, None)
                     _result(pending.ready, self._cfg.setup_timeout_s, self._setup_limit)
-                    started = time.monotonic()
-                    return _read(_result(pending.answers, source.timeout_s, _limit(source)), request, started)
                 except TimeoutError as late:
                     lane.kill()
-                    return _all(request, Score.timed_out(str(late)), started)
+                    reason = Score.timed_out(str(late))
+                    break
                 except ProcessDied as death:
-                    lane.kill()
-                    if number == MAX_TRIES:
-                        return _all(request, Score.failed(str(death)), started)
+                    reason = Score.failed(str(death))
+                    continue
                 except Exception as error:  # pickle raises whatever a column's own class raises; nothing was sent then
-                    return _all(request, Score.failed(f"the tree cannot be sent to its process: {error}"), started)
-            raise AssertionError("the last try returns")
+                    reason = Score.failed(f"the tree cannot be sent to its process: {error}")
+                    break
+                started = time.monotonic()
+                try:
+                    answers, _ = _read(_result(pending.answers, source.timeout_s, _limit(source)), part, started)
+                    said |= dict(zip(left, answers, strict=True))
+                    left = []
+                    break
+                except TimeoutError as late:
+                    reason = Score.timed_out(str(late))
+                    culprit = left.pop(pending.current())
+                except ProcessDied as death:
+                    reason = Score.failed(str(death))
+                    culprit = left[pending.current()]
+                    if culprit != died_in:  # who killed it was often somebody else
+                        died_in = culprit
+                        continue
+                    left.remove(culprit)
+                finally:
+                    seconds += time.monotonic() - started
+                    if left:
+                        lane.kill()
+                said[culprit] = [reason] * len(request.calls[culprit].rows)
+                if not left:
+                    break
         finally:
             self._free.put(lane)
+        said |= {each: [reason] * len(request.calls[each].rows) for each in left}
+        return [said[each] for each in range(len(request.calls))], seconds
 
     async def _answers_of_async(
         self, source: Source, request: Request, services: Mapping[str, Any]

@@ -14,6 +14,7 @@ from rl.credit.forest import Forest, forest_of
 from rl.credit.scopes import sibling_groups
 from rl.credit.shapes import check_shapes
 from rl.credited import Credited
+from rl.policy.prm_metrics import calibration_error
 from rl.select import outcome
 from rl.shares import Shares
 
@@ -56,6 +57,8 @@ def signal_metrics(scored: Sequence[ScoredTree], forest: Forest) -> dict[str, fl
         f"health/{name}_agreement_share": agreement(path_mean(forest, value_N), outcome_L, forest.prompt_L)
         for name, value_N in values.items()
     }
+    for name, value_N in values.items():
+        metrics[f"health/{name}_calibration_error"] = _calibration(path_mean(forest, value_N), outcome_L)
     tokens_L = path_sum(forest, forest.num_actions_N.double())
     metrics |= {
         "health/outcome_steps_correlation": within_correlation(forest.length_L.double(), outcome_L, forest.prompt_L),
@@ -174,6 +177,14 @@ def _compared_items(forest: Forest, term: TermConfig, compared_N: Tensor) -> tup
             return value_X, torch.zeros_like(prompt_X)
         case _:
             return value_X, prompt_X
+
+
+def _calibration(chance_L: Tensor, outcome_L: Tensor) -> float:
+    """Gap of trajectories' mean scores and outcomes, in bins; NaN unless both are chances, all of them in [0, 1]."""
+    known_L = chance_L.isfinite() & outcome_L.isfinite()
+    said = list(zip(chance_L[known_L].tolist(), outcome_L[known_L].tolist(), strict=True))
+    is_chance = all(0 <= chance <= 1 and 0 <= outcome <= 1 for chance, outcome in said)
+    return calibration_error(said) if said and is_chance else math.nan
 
 
 def _share(is_X: Tensor) -> float:

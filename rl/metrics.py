@@ -94,6 +94,12 @@ METRICS: tuple[Metric, ...] = (
         "pairs of a prompt's trajectories with different outcomes",
         Better.higher,
     ),
+    Metric(
+        "health/<signal>_calibration_error",
+        "distance of a step source's mean score from the success share, in ten bins; for scores in [0, 1] alone",
+        "trajectories with an outcome",
+        Better.lower,
+    ),
     Metric("health/<signal>_invalid_share", "no value, for whatever reason", "steps or trajectories that may train"),
     Metric("health/<term>_silent_share", "groups in which the term tells nothing apart", "groups of two or more"),
     Metric("health/outcome_steps_correlation", "outcome against steps, within prompts", "trained trajectories"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -69,6 +70,7 @@ async def fine_async(step):
     return 1.0
 """
 TREE = "q -> a -> (b, c)"
+SHARED_MEMORY: list[object] = []
 
 
 @pytest.fixture
@@ -81,7 +83,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
     """Processes, open files and sockets, and threads, before and after."""
-    resource_tracker.ensure_running()  # one for the whole program, with the first spawned process
+    # What the standard library starts once for the whole program, with the first spawned process.
+    resource_tracker.ensure_running()
+    SHARED_MEMORY.append(multiprocessing.get_context("spawn").RawValue("q", 0))
     me = psutil.Process()
     # The event loop's own and what the standard library starts once.
     asyncio.run(asyncio.to_thread(lambda: None))
@@ -281,3 +285,20 @@ def test_a_broken_score_is_asked_for_again_and_a_real_one_is_kept(tmp_path):
         assert third.step_scores["faulty"] == second.step_scores["faulty"]
         assert server.num_requests == 6
         assert third.costs["faulty"].cached_calls == third.costs["faulty"].calls == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [("time.sleep(3600)", ScoreStatus.timed_out), ("os._exit(3)", ScoreStatus.failed)],
+    ids=["hangs", "kills its process"],
+)
+def test_one_step_that_hangs_or_kills_costs_its_own_score_and_not_its_trees(file, body, status):
+    picky = file.with_name("picky.py")
+    picky.write_text(f"import os, time\ndef reward(step):\n    if step.action_text == 'b': {body}\n    return 1.0")
+    cfg = RewardsConfig(sources={"faulty": SourceConfig(fn=f"{picky}:reward", timeout_s=1.0)})
+    (found,) = scored(cfg, parse_tree("q -> a -> (b, c, d)"))
+    assert {row: score.status for row, score in found.step_scores["faulty"].items()} == {
+        **dict.fromkeys((0, 2, 3), ScoreStatus.scored),
+        1: status,
+    }

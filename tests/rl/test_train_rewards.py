@@ -92,7 +92,7 @@ def test_a_model_of_progress_feeds_the_critics_rewards(room: Path, tmp_path: Pat
     file = tmp_path / "outcome.py"
     file.write_text("def brief(trajectory): return 1 / len(trajectory)")  # the barely trained policy is never right
     spa = ("experiment=hop_search_ppo", "credit=spa_rl", "prm=progress", "rollout.num_workers=1", "run.num_steps=2")
-    folder = train(room, "progress", *spa, "prm.head_learning_rate=1e-2", f"rewards.sources.answer.fn={file}:brief")
+    folder = train(room, "progress", *spa, "prm.head_learning_rate=1e-3", f"rewards.sources.answer.fn={file}:brief")
     _, second = [row for row in metrics(folder) if "prm/loss" in row]
     assert second["reward/contribution_mean"] != 0
     assert second["prm/loss"] < 1
