@@ -114,7 +114,7 @@ class Parts:
     learner: LearnerGroup | None
     """None in an evaluation."""
     publisher: WeightPublisher | None
-    prm: PrmHandle | None
+    prm: PrmHandle | None = None
     """None unless the run trains a process reward model."""
 
 
