@@ -140,7 +140,7 @@ class _Growth:
             raise DataError(
                 f'acting step {len(self._keys)} of prompt "{self.tree.prompt.id}" again gave "{turn.observation_text}" '
                 f'({turn.stop}) where it gave "{step.observation_text}" before: no value can be measured behind it. '
-                f"Tools must answer the same call alike; take those that do not out of the task, or leave the source out."
+                f"Tools must answer the same call alike; take others out of the task, or leave the source out."
             )
         self.tree.add(replace(step, parent=len(self.tree.nodes) - 1))
         self._num_children[key] = 1

@@ -19,8 +19,8 @@ class Value:
     V(s) = mean over k = 1..num of outcome(rollout_k from s)
 
     At the last step of a trajectory it is the outcome itself; the prompt has one too (row -1). A rollout that the world
-    cut short, by a crashed tool or a deadline, says nothing; one whose outcome could not be scored fails the step, for a
-    mean over the rest would favour what is easy to score.
+    cut short, by a crashed tool or a deadline, says nothing; one whose outcome could not be scored fails the step, for
+    a mean over the rest would favour what is easy to score.
 
     Args:
         grader: name under rewards.sources of the source of outcomes.

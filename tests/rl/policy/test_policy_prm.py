@@ -33,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def prm(folder: str, kind: PrmKind = PrmKind.implicit, pack_tokens: int = 8192, **changes: object) -> ProcessRewardModel:
+def prm(
+    folder: str, kind: PrmKind = PrmKind.implicit, pack_tokens: int = 8192, **changes: object
+) -> ProcessRewardModel:
     cfg = Config(
         prm=PrmConfig(kind=kind, **{"learning_rate": 3e-3, "head_learning_rate": 3e-2, "beta": 0.5, **changes}),
         learner=LearnerConfig(pack_tokens=pack_tokens, num_threads=1),
