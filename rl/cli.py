@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from conf.errors import ConfigError, GroveError
+from conf.subject import LEVELS
 from rl import completion
 
 RED, YELLOW, PLAIN = "\033[31m", "\033[33m", "\033[0m"
@@ -33,6 +34,7 @@ examples:
   grove report runs/hop_search-seed0                     curve.png and report.html once more
   grove replay runs/hop_search-seed0 credit=grpo         what other credit would have made of the run's trees
   grove new reward brevity                               a file to start a reward from, and its test
+  grove new reward neater --level pair --model           one that lets a model compare two steps
   grove check-reward brevity.py:brevity                  is it fit for a run? tried on recorded trees
   grove config experiment=hop_search                     every setting of that run
   grove config --keys rollout                            what can be set, with types, defaults and meaning
@@ -66,10 +68,33 @@ examples:
   grove replay runs/hop_search-seed0 select=dapo --steps 10:20       only steps 10 to 20
 """
 
+EVALUATE_EXAMPLES = """\
+examples:
+  grove eval runs/hop_search-seed0                       the newest checkpoint, on run.eval_prompts held-out prompts
+  grove eval runs/hop_search-seed0 --prompts 512
+  grove eval runs/hop_search-seed0 rollout.num_workers=8
+  grove eval models/mine task=gsm8k task.eval.path=test.jsonl                 a model that no run of Grove made
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  grove report runs/hop_search-seed0                     also while the run goes on
+"""
+
 CHECK_REWARD = """\
-Tries a reward on recorded trees, in a process and under a deadline as a run would: arguments, failures, range,
-determinism, time, empty and endless steps, correlation with length and with the outcome. Ends with what to type to use
-it. Exits with 1 where a run could not use it.
+Tries a reward on recorded trees, in a process and under a deadline as a run would. Shows what one call is about,
+whether all can be sent to that process and back, failures, range, named parts, determinism, time, what a model that it
+asks costs, empty and endless steps, correlation with length and with the outcome. Ends with what to type to use it.
+Exits with 1 where a run could not use it.
+
+What a call is about follows from the arguments that the function asks for:
+  step, siblings                         one step
+  trajectory, facts, answer              one trajectory; one step with --level step
+  step, other                            two steps tried at the same fork
+  trajectory, other_trajectory           two trajectories of a prompt
+  steps / trajectories                   all of a tree at once
+  tree, with --level tree                a tree
+A parameter of another name is filled by its annotation: Node, StepFacts, Tree or Prompt.
 """
 
 CHECK_REWARD_EXAMPLES = """\
@@ -77,6 +102,27 @@ examples:
   grove check-reward my_rewards.py:brevity
   grove check-reward my_rewards.py:brevity --trees runs/hop_search-seed0      on the trees of a run of yours
   grove check-reward my_rewards.py:bonus --arg size=0.5 --column level=3
+  grove check-reward my_rewards.py:majority --level tree
+  grove check-reward my_rewards.py:judged --model '{url: http://127.0.0.1:8000/v1, path: the-model}'
+  grove check-reward my_rewards.py:judged \\
+      --model '{url: https://api.openai.com/v1, path: gpt-5-mini, api_key_env: OPENAI_API_KEY, timeout_s: 20}'
+  grove check-reward rewards.sources.format:tool_success                      one that ships
+"""
+
+NEW = """\
+Writes NAME.py, a reward that works, and test_NAME.py, its test, into this folder. Change them to what you want to pay.
+"""
+
+NEW_EXAMPLES = """\
+examples:
+  grove new reward brevity                               scores every step
+  grove new reward correct --level trajectory            scores every trajectory
+  grove new reward neater --level pair                   compares two steps tried at the same fork
+  grove new reward majority --level tree                 sees a whole tree in one call
+  grove new reward judged --model                        a model scores every step; also with each of the levels
+then:
+  python -m pytest test_brevity.py
+  grove check-reward brevity.py:brevity
 """
 
 CONFIG_EXAMPLES = """\
@@ -143,13 +189,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(train)
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="measure held-out success of a run or a model", **look)
+    evaluate = commands.add_parser(
+        "eval", help="measure held-out success of a run or a model", epilog=EVALUATE_EXAMPLES, **look
+    )
     evaluate.add_argument("path", metavar="RUN_OR_MODEL", help="a run's folder, or a Hugging Face checkpoint's")
     evaluate.add_argument("--prompts", type=_count, metavar="N", help="held-out prompts (default: run.eval_prompts)")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     evaluate.set_defaults(run=_evaluate)
 
-    report = commands.add_parser("report", help="write a run's curve and report once more", **look)
+    report = commands.add_parser(
+        "report", help="write a run's curve and report once more", epilog=REPORT_EXAMPLES, **look
+    )
     report.add_argument("path", metavar="RUN", help="the run's folder")
     report.set_defaults(run=_report)
 
@@ -170,15 +220,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("fn", metavar="FILE:NAME", help="the function or class, as rewards.sources.NAME.fn")
     check.add_argument("--trees", default="", metavar="RUN_OR_FILE", help="recorded trees (default: a sample)")
-    check.add_argument("--level", default="", choices=("step", "trajectory"), help="as rewards.sources.NAME.level")
+    check.add_argument("--level", default="", choices=LEVELS, help="as rewards.sources.NAME.level")
+    check.add_argument(
+        "--model", default="", metavar="SETTINGS", help="a served model for a function that asks for `model`"
+    )
     check.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the function")
     check.add_argument("--column", action="append", default=[], metavar="NAME=VALUE", help="a column of your data")
     check.add_argument("--timeout", type=float, metavar="S", help="seconds for all scores of one tree")
     check.set_defaults(run=_check_reward)
 
-    new = commands.add_parser("new", help="files to start from", **look)
+    new = commands.add_parser("new", help="files to start from", description=NEW, epilog=NEW_EXAMPLES, **look)
     new.add_argument("what", choices=("reward",), help="what to start")
     new.add_argument("name", metavar="NAME", help="its name: a file NAME.py and a test are written here")
+    new.add_argument("--level", default="step", choices=LEVELS, help="what it scores (default: step)")
+    new.add_argument("--model", action="store_true", help="let a model judge")
     new.set_defaults(run=_new)
 
     config = commands.add_parser("config", help="show settings", epilog=CONFIG_EXAMPLES, **look)
@@ -257,7 +312,7 @@ def _check_reward(arguments: argparse.Namespace) -> int:
     from rich import print as print_rich
 
     from conf.schema import SourceConfig
-    from rl.check_reward import check_reward, check_table, recorded_trees_of
+    from rl.check_reward import check_reward, check_table, model_of, recorded_trees_of
 
     check = check_reward(
         arguments.fn,
@@ -266,6 +321,7 @@ def _check_reward(arguments: argparse.Namespace) -> int:
         columns=_named_values("--column", arguments.column),
         level=arguments.level,
         timeout_s=arguments.timeout or SourceConfig().timeout_s,
+        model=model_of(arguments.model) if arguments.model else None,
     )
     print_rich(check_table(check))
     if check.passed:
@@ -288,12 +344,14 @@ def _named_values(option: str, texts: list[str]) -> dict[str, Any]:
 def _new(arguments: argparse.Namespace) -> int:
     from rl.scaffold import new_reward
 
-    reward, test = new_reward(arguments.name, Path.cwd())
+    reward, test = new_reward(arguments.name, Path.cwd(), level=arguments.level, model=arguments.model)
+    level = " --level tree" if arguments.level == "tree" else ""  # the other levels are read from the arguments
+    model = " --model '{url: http://127.0.0.1:8000/v1, path: the-model}'" if arguments.model else ""
     _print_lines(
         [
             f"wrote {reward.name} and {test.name}; next:",
             f"  python -m pytest {test.name}",
-            f"  grove check-reward {reward.name}:{arguments.name}",
+            f"  grove check-reward {reward.name}:{arguments.name}{level}{model}",
         ]
     )
     return 0

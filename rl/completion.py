@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
+from conf.subject import LEVELS
 
 COMMANDS = ("train", "eval", "report", "replay", "check-reward", "new", "config", "completion")
 OPTIONS = {
@@ -13,14 +14,16 @@ OPTIONS = {
     "eval": ["--prompts", "--help"],
     "report": ["--help"],
     "replay": ["--steps", "--config-dir", "--help"],
-    "check-reward": ["--trees", "--level", "--arg", "--column", "--timeout", "--help"],
-    "new": ["--help"],
+    "check-reward": ["--trees", "--level", "--model", "--arg", "--column", "--timeout", "--help"],
+    "new": ["--level", "--model", "--help"],
     "config": ["--config-dir", "--keys", "--check", "--help"],
     "completion": ["--help"],
 }
 SHELLS = ("bash", "zsh")
 NOUNS = {"completion": SHELLS, "new": ("reward",)}
 """What follows a command at once."""
+VALUES = {"--level": LEVELS}
+"""What follows an option."""
 
 BASH = r"""# Completion of grove for bash. Use it with: source <(grove completion bash)
 _grove() {
@@ -74,6 +77,8 @@ def candidates(words: list[str]) -> list[str]:
         return _beginning(word, COMMANDS)
     if word.startswith("-"):
         return _beginning(word, OPTIONS.get(command, []))
+    if words[-2] in VALUES and words[-2] in OPTIONS.get(command, []):
+        return _beginning(word, VALUES[words[-2]])
     if command in NOUNS and len(words) == 2:
         return _beginning(word, NOUNS[command])
     if command not in ("train", "config", "eval", "replay") or words[-2] in ("--config-dir", "--steps"):

@@ -44,6 +44,10 @@ from rl.completion import candidates
         (["replay", "runs/x", "credit=tree_g"], ["credit=tree_grpo"]),
         (["new", ""], ["reward"]),
         (["check-reward", "--c"], ["--column"]),
+        (["check-reward", "mine.py:fine", "--level", ""], ["step", "trajectory", "pair", "tree"]),
+        (["check-reward", "mine.py:fine", "--model", ""], []),
+        (["new", "reward", "brevity", "--level", "t"], ["trajectory", "tree"]),
+        (["new", "reward", "brevity", "--"], ["--level", "--model", "--help"]),
         ([], list(completion.COMMANDS)),
     ],
 )
