@@ -12,9 +12,9 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -163,7 +163,7 @@ class _Child:
             pass  # the listener sees the end of the pipe too, and tells everyone
 
     def _listen(self) -> None:
-        with suppress(EOFError, OSError):
+        with suppress(EOFError, OSError), _told_of(Exception):
             while True:
                 kind, number, content = self._pipe.recv()
                 pending = self._pending.get(number)
@@ -228,6 +228,17 @@ class _Child:
                     is_flood = True
                     logger.warning("a reward printed more than %d bytes in one answer; dropped", MAX_OUTPUT_BYTES)
         output.close()
+
+
+@contextmanager
+def _told_of(kind: type[Exception]) -> Iterator[None]:
+    """Log an error and go on behind it: a child that talks nonsense is taken for dead."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise
+    except kind as error:
+        logger.warning("a reward process sent what cannot be read (%s: %s)", type(error).__name__, error)
 
 
 def _settle(future: Future[Any], content: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from conf.subject import Subject
 from rewards.arguments import Call
 from rewards.models.base import ModelError
-from rewards.types import Score
+from rewards.types import Score, ScoreStatus
 
 MAX_REASON_CHARS = 500
 """A reason travels with every failed score: a page of model output inside it would fill the records."""
@@ -46,7 +46,7 @@ def score_of(reply: Any) -> Score:
     if reply is None:
         return Score.not_applicable()
     if isinstance(reply, Score):
-        return replace(reply, reason=_short(reply.reason)) if len(reply.reason) > MAX_REASON_CHARS else reply
+        return _plain(reply)
     if isinstance(reply, Mapping):
         return _score_of_parts(reply)
     if not isinstance(reply, Real):
@@ -67,6 +67,17 @@ def told(error: BaseException) -> str:
     inner = error.__traceback__.tb_next if error.__traceback__ else None
     where = f" ({Path(inner.tb_frame.f_code.co_filename).name}:{inner.tb_lineno})" if inner else ""
     return _short(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) + where
+
+
+def _plain(score: Score) -> Score:
+    """The same of plain values: what a user put in need not fit through a pipe or into a record."""
+    try:
+        parts = {str(name): float(value) for name, value in score.parts.items()}
+        status = ScoreStatus(score.status)
+        value = float(score.value) if status is ScoreStatus.scored else math.nan
+        return Score(value, status, _short(str(score.reason)), parts)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        return Score.failed(_short(f"it returned a Score that is none: {error}"))
 
 
 def _score_of_parts(reply: Mapping[Any, Any]) -> Score:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import math
 import pickle
 import re
@@ -26,7 +25,6 @@ from conf.schema import Level, RewardModelConfig, RewardsConfig, SourceConfig
 from conf.subject import Subject
 from rewards.arguments import ENGINE, MODEL
 from rewards.base import Source
-from rewards.models.base import RewardModel
 from rewards.service import RewardService, score_counts
 from rewards.types import BROKEN, Cost, Score, ScoredTree, ScoreStatus
 from rl.credit.forest import forest_of
@@ -54,8 +52,6 @@ STRONG = 0.5
 MAX_SHOWN_PARTS = 6
 JUDGE = "judge"
 """Name of the model under rewards.models."""
-SILENT = re.compile(r"no answer within timeout_s=.*; its process was killed")
-"""Reason of a score whose process was set up and then gave no sign until its deadline."""
 PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]+")
 """A text that a setting needs no quotes for ..."""
 OTHER = re.compile(r"(?i)true|false|null|[+-]?(inf|nan|[0-9_.]+(e[+-]?[0-9_]+)?)")
@@ -181,7 +177,7 @@ def check_reward(
 
     rewards = RewardsConfig(sources={name: cfg}, models=models, num_processes=1)
     first = _scored(rewards, trees)
-    findings += [*_sent(source, first, rewards), _statuses(first, name, rewards.max_failed_share, len(trees))]
+    findings += [_sent(source), _statuses(first, name, rewards.max_failed_share, len(trees))]
     check = RewardCheck(findings, setting_of(name, cfg, models))
     if not check.passed:
         return check  # whatever else it says of such a reward would take long and mean little
@@ -274,31 +270,6 @@ def odd_trees(tree: Tree, *, asks_model: bool = False) -> dict[str, Tree]:
     return {"empty steps": with_text(""), f"a step of {len(LONG) // 1000} kB": replace(tree, nodes=nodes)}
 
 
-async def unsendable(tree: Tree, source: SourceConfig) -> Score | None:
-    """A reward that asks another about the tree, and fails with the reason why what that says cannot be sent.
-
-    Args:
-        tree: any tree.
-        source: record of the other.
-    """
-    return await _unsendable(tree, source, {})
-
-
-async def unsendable_of_model(tree: Tree, source: SourceConfig, model: RewardModel) -> Score | None:
-    """`unsendable` for one that asks a model."""
-    return await _unsendable(tree, source, {MODEL: model})
-
-
-async def _unsendable(tree: Tree, source: SourceConfig, services: Mapping[str, Any]) -> Score | None:
-    asked = Source("asked", source)
-    for scores in await asked.answers(tree, asked.calls(tree), services):
-        try:
-            pickle.loads(pickle.dumps(scores))  # as it comes through the pipe
-        except Exception as error:  # pickle raises whatever an object's own class raises
-            return Score.failed(f"{type(error).__name__}: {error}")
-    return None
-
-
 def _loaded(name: str, cfg: SourceConfig, tree: Tree) -> Source:
     try:
         return Source(name, cfg, tree.prompt.data.keys())
@@ -371,37 +342,10 @@ def _is_late(scored: ScoredTree, name: str) -> bool:
     return ScoreStatus.timed_out in found and ScoreStatus.scored not in found
 
 
-def _sent(source: Source, scored: Sequence[ScoredTree], cfg: RewardsConfig) -> Iterator[Finding]:
-    """Can what it returns leave its process? Nothing else comes back where it cannot, and it looks late."""
-    silent = [each for each in scored if any(SILENT.match(score.reason) for score in _scores([each], source.name))]
-    if silent:
-        reason = _why_unsent(source, silent[0].tree, cfg)
-        if reason:
-            detail = f"what it returns cannot be sent to the run, which waits for it in vain: {reason}"
-            yield Finding("sent", Verdict.failure, f"{detail}. Return a number, None, named parts, or a plain Score")
-        return
-    for score in _scores(scored, source.name):
-        try:
-            json.dumps([score.value, score.reason, dict(score.parts)])
-        except TypeError as error:
-            detail = f"what it returns cannot be written into the records of a run: {error}"
-            yield Finding("sent", Verdict.failure, f"{detail}. Make it a Score of plain numbers, as float(value)")
-            return
+def _sent(source: Source) -> Finding:
+    """Its arguments were pickled and written as YAML before the first pass; scores come back as plain numbers."""
     way = "is asked in the run's own process" if source.runs_here else "its arguments reach the process it runs in"
-    yield Finding("sent", Verdict.ok, f"{way}; what it returns comes back and can be recorded")
-
-
-def _why_unsent(source: Source, tree: Tree, cfg: RewardsConfig) -> str:
-    name, fn = "sending", unsendable_of_model if MODEL in source.services else unsendable
-    asking = SourceConfig(
-        fn=f"{__name__}:{fn.__name__}",
-        level="tree",
-        args={"source": source.cfg},
-        model=source.cfg.model,
-        timeout_s=source.timeout_s,
-    )
-    (found,) = _scored(replace(cfg, sources={name: asking}), [tree])
-    return next((score.reason for score in _scores([found], name) if score.status is ScoreStatus.failed), "")
+    return Finding("sent", Verdict.ok, way)
 
 
 def _statuses(scored: Sequence[ScoredTree], name: str, max_failed_share: float, num_trees: int) -> Finding:
