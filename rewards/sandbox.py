@@ -68,54 +68,42 @@ class Sandbox:
 
     def _answers_of_plain(self, source: Source, request: Request) -> tuple[Answers, float]:
         """All calls in one process; one that hangs or ends the process is left out and the others are asked again."""
-        lane, seconds = self._free.get(), 0.0
-        left, said = list(range(len(request.calls))), {}
-        died_in: int | None = None
-        reason = Score.failed("no try was made")
+        lane, asked = self._free.get(), _Asked(request)
         try:
             for _ in range(MAX_PLAIN_TRIES):
-                part = replace(request, calls=tuple(request.calls[each] for each in left))
-                started = time.monotonic()
-                try:
-                    pending = lane.submit(part, {}, None)
-                    _result(pending.ready, self._cfg.setup_timeout_s, self._setup_limit)
-                except TimeoutError as late:
-                    lane.kill()
-                    reason = Score.timed_out(str(late))
-                    break
-                except ProcessDied as death:
-                    reason = Score.failed(str(death))
-                    continue
-                except Exception as error:  # pickle raises whatever a column's own class raises; nothing was sent then
-                    reason = Score.failed(f"the tree cannot be sent to its process: {error}")
-                    break
-                started = time.monotonic()
-                try:
-                    answers, _ = _read(_result(pending.answers, source.timeout_s, _limit(source)), part, started)
-                    said |= dict(zip(left, answers, strict=True))
-                    left = []
-                    break
-                except TimeoutError as late:
-                    reason = Score.timed_out(str(late))
-                    culprit = left.pop(pending.current())
-                except ProcessDied as death:
-                    reason = Score.failed(str(death))
-                    culprit = left[pending.current()]
-                    if culprit != died_in:  # who killed it was often somebody else
-                        died_in = culprit
-                        continue
-                    left.remove(culprit)
-                finally:
-                    seconds += time.monotonic() - started
-                    if left:
-                        lane.kill()
-                said[culprit] = [reason] * len(request.calls[culprit].rows)
-                if not left:
+                if not asked.left or not self._try(lane, source, asked):
                     break
         finally:
             self._free.put(lane)
-        said |= {each: [reason] * len(request.calls[each].rows) for each in left}
-        return [said[each] for each in range(len(request.calls))], seconds
+        return asked.answers(), asked.seconds
+
+    def _try(self, lane: Lane, source: Source, asked: _Asked) -> bool:
+        """Ask what is left; returns whether another try may say more."""
+        try:
+            pending = lane.submit(asked.request(), {}, None)
+            _result(pending.ready, self._cfg.setup_timeout_s, self._setup_limit)
+        except ProcessDied as death:
+            asked.reason = Score.failed(str(death))
+            return True
+        except TimeoutError as late:
+            lane.kill()
+            asked.reason = Score.timed_out(str(late))
+            return False
+        except Exception as error:  # pickle raises whatever a column's own class raises; nothing was sent then
+            asked.reason = Score.failed(f"the tree cannot be sent to its process: {error}")
+            return False
+        started = time.monotonic()
+        try:
+            reply = _result(pending.answers, source.timeout_s, _limit(source))
+            asked.is_told(_read(reply, asked.request(), started)[0])
+            return False
+        except TimeoutError as late:
+            lane.kill()
+            return asked.hung(pending.current(), Score.timed_out(str(late)))
+        except ProcessDied as death:
+            return asked.died(pending.current(), Score.failed(str(death)))
+        finally:
+            asked.seconds += time.monotonic() - started
 
     async def _answers_of_async(
         self, source: Source, request: Request, services: Mapping[str, Any]
@@ -148,6 +136,56 @@ class Sandbox:
 def _close_all(lanes: list[Lane], of_source: dict[str, Lane]) -> None:
     for lane in [*lanes, *of_source.values()]:
         lane.close()
+
+
+class _Asked:
+    """The calls of one tree to a plain function: what was said, and what is left to ask."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._said: dict[int, list[Score]] = {}
+        self._died_in: int | None = None
+        self.left = list(range(len(request.calls)))
+        self.seconds = 0.0
+        self.reason = Score.failed("no try was made")
+        """Of what is left in the end."""
+
+    def request(self) -> Request:
+        """The calls that are left."""
+        return replace(self._request, calls=tuple(self._request.calls[each] for each in self.left))
+
+    def is_told(self, answers: Answers) -> None:
+        """All that was left was answered."""
+        self._said |= dict(zip(self.left, answers, strict=True))
+        self.left = []
+
+    def hung(self, place: int, reason: Score) -> bool:
+        """The call at this place among those left hung. False for the second in a row that did: it hangs everywhere."""
+        is_second = place == 0 and bool(self._said)
+        self._lose(place, reason)
+        return not is_second
+
+    def died(self, place: int, reason: Score) -> bool:
+        """The process died in this call, which is to blame when it happens there again: it may have been killed."""
+        self.reason = reason
+        if self._died_in == self.left[place]:
+            self._lose(place, reason)
+        else:
+            self._died_in = self.left[place]
+        return True
+
+    def answers(self) -> Answers:
+        """For each call; the reason for those that are left."""
+        lost = {each: self._of_all_rows(each, self.reason) for each in self.left}
+        return [(self._said | lost)[each] for each in range(len(self._request.calls))]
+
+    def _lose(self, place: int, reason: Score) -> None:
+        self.reason = reason
+        call = self.left.pop(place)
+        self._said[call] = self._of_all_rows(call, reason)
+
+    def _of_all_rows(self, call: int, score: Score) -> list[Score]:
+        return [score] * len(self._request.calls[call].rows)
 
 
 def _limit(source: Source) -> str:

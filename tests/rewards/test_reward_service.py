@@ -142,6 +142,7 @@ def test_shipped_sources_need_no_process(serve):
     assert set(scored.costs) == {"answer", "format"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["endless", "stubborn", "asleep"])
 def test_source_that_hangs_is_killed_and_timed_out_while_the_others_score(serve, plugin, name):
     service = serve(
@@ -174,6 +175,7 @@ def test_crash_fails_its_own_scores_and_the_pool_survives(serve, plugin, name, a
         assert scored.step_scores["fine"] == dict.fromkeys((0, 1, 2), Score(1.0))
 
 
+@pytest.mark.slow
 def test_slow_set_up_does_not_count_as_scoring(serve):
     (scored,) = score(serve(slow="Slow"), parse_tree("q -> a"))
     assert scored.step_scores["slow"] == {0: Score(2.0)}
@@ -243,6 +245,7 @@ def test_closing_ends_what_is_still_awaited(serve, plugin):
     assert was_cancelled
 
 
+@pytest.mark.slow
 def test_what_a_killed_function_started_is_killed_too(serve, plugin, tmp_path):
     note = tmp_path / "pid"
     service = serve(parent=mine(plugin, "starts_a_process", args={"note": str(note)}, timeout_s=0.5))
@@ -264,6 +267,7 @@ def test_process_that_dies_between_two_trees_is_replaced(serve, plugin):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_many_crashes_cost_no_other_tree_its_scores(serve, plugin):
     service = serve(half=mine(plugin, "leaves_if"))
     trees = [parse_tree("q -> a", data={"leave": place % 2}) for place in range(8)]
