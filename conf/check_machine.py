@@ -30,6 +30,7 @@ FREE_MARGIN = 1.5
 def rules() -> list[Callable[[Config], list[Problem]]]:
     """Every rule of this module."""
     return [
+        staleness_can_be_kept,
         cores_and_gpus_suffice,
         engine_is_installed,
         model_exists,
@@ -273,3 +274,16 @@ def _nothing_to_resume(folder: Path) -> Problem:
         f"run.dir and seed if you meant to continue another one.",
         fatal=False,
     )
+
+
+def staleness_can_be_kept(cfg: Config) -> list[Problem]:
+    """Batches that grow ahead are drawn before it is known what is left of earlier ones."""
+    if cfg.rollout.max_staleness and cfg.select.max_refills:
+        return [
+            Problem(
+                f"rollout.max_staleness={cfg.rollout.max_staleness} with select.max_refills={cfg.select.max_refills}: a "
+                f"batch would be refilled while the next one already grows on the same engines, and its prompts would "
+                f"be drawn twice. Set select.max_refills=0, or rollout.max_staleness=0."
+            )
+        ]
+    return []

@@ -541,8 +541,16 @@ class RolloutConfig:
     top_p: float = 1.0
     tree_timeout_s: float = 300.0
     """Longest one tree may take; its open trajectories are then cut with StopReason.deadline."""
+    batch_timeout_s: float = 0.0
+    """After so many seconds a batch closes with the trees it has, where these are enough; 0 waits for all. What it
+    closes with hangs on the clock, so such a run does not repeat."""
+    min_batch_share: float = 0.9
+    """Share of a batch's trees that are enough for batch_timeout_s."""
     max_worker_restarts: int = 3
-    """Dead workers replaced in one run before it stops."""
+    """Dead workers replaced in one run; after that it goes on with those that are left, and stops with the last."""
+    max_staleness: int = 0
+    """Versions that the weights which sampled a step may be behind those that learn from it; 0 is strictly on policy
+    and repeats to the last bit, above it so many batches grow while the learner is at an earlier one."""
     start_timeout_s: float = 600.0
     """Longest wait for the engines to load."""
     engine_processes: bool = False
@@ -820,6 +828,8 @@ class LossConfig:
     old_logprobs: OldLogprobs = OldLogprobs.engine
     correction: Correction = Correction.none
     """Needs old_logprobs=recompute: against the engine's log-probs the ratio itself holds the mismatch."""
+    corrects_stale: bool = True
+    """With rollout.max_staleness above 0, and old_logprobs and correction as they are: recompute, token_truncate."""
     correction_min: float = 0.0
     correction_max: float = 2.0
     critic: CriticConfig = field(default_factory=CriticConfig)

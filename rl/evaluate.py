@@ -38,7 +38,12 @@ class Evaluation:
 def evaluation_rollout(cfg: Config) -> RolloutConfig:
     """How held-out prompts are answered: one trajectory each, at the evaluation's temperature."""
     return replace(
-        cfg.rollout, expander=ExpanderKind.chains, num_leaves=1, temperature=cfg.run.eval_temperature, top_p=1.0
+        cfg.rollout,
+        expander=ExpanderKind.chains,
+        num_leaves=1,
+        temperature=cfg.run.eval_temperature,
+        top_p=1.0,
+        batch_timeout_s=0.0,
     )
 
 

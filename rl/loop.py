@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.checks import require_runnable
 from conf.schema import Config
+from conf.settle import settled
 from rl.interrupts import uninterrupted
 from rl.run import Run, opened_run
 
@@ -19,6 +20,7 @@ def train(cfg: Config) -> dict[str, Any]:
     Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, ...
     Raises: GroveError for whatever the user or the world did; KeyboardInterrupt after a checkpoint.
     """
+    cfg = settled(cfg)
     require_runnable(cfg, warn=logger.debug)
     with opened_run(cfg) as run:
         return train_run(run)

@@ -71,6 +71,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/tool_ok_share", "tool calls that returned", "tool calls", Better.higher),
     Metric("rollout/stop_<reason>_share", "trajectories that ended for this reason", "kept trajectories"),
     Metric("rollout/tokens_per_second", "sampling speed", "seconds of growing", Better.higher),
+    Metric("rollout/staleness_mean", "versions that the weights which sampled are behind", "sampled tokens"),
+    Metric("rollout/staleness_max", "the oldest step's versions behind", "this step"),
+    Metric("rollout/stale_share", "tokens sampled by older weights", "sampled tokens"),
     Metric("reward/<signal>_mean", "mean of a signal, after weights", "scored steps or trajectories", Better.higher),
     Metric("reward/<source>_mean", "mean of a source, before weights", "scored steps or trajectories", Better.higher),
     Metric("reward/<source>_failed_share", "scores that failed", "scores asked of the source", Better.lower),
@@ -305,6 +308,19 @@ def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
     }
     counts: dict[str, float] = {"rollout/generated_tokens": generated, "rollout/trajectories": len(trained)}
     return counts | {name: part / whole for name, (part, whole) in shares.items() if whole}
+
+
+def staleness_metrics(trees: list[Tree], version: int) -> dict[str, float]:
+    """How far the weights that sampled are behind those that will learn, version `version`; {} without a token."""
+    behind = [(version - node.version, len(node.action_ids)) for tree in trees for node in tree.nodes]
+    tokens = sum(count for _, count in behind)
+    if not tokens:
+        return {}
+    return {
+        "rollout/staleness_mean": sum(age * count for age, count in behind) / tokens,
+        "rollout/staleness_max": max(age for age, _ in behind),
+        "rollout/stale_share": sum(count for age, count in behind if age) / tokens,
+    }
 
 
 def _stop_shares(trees: list[Tree]) -> dict[str, tuple[float, float]]:

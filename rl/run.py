@@ -15,6 +15,7 @@ from conf.schema import Config, PrmOrder
 from rewards.base import build_sources
 from rewards.types import ScoredTree
 from rl import checkpoint
+from rl.ahead import Ahead, Grown
 from rl.credit.measured import Measured, measurements_needed
 from rl.credit.normalize import Moments
 from rl.credited import Credited, credited
@@ -22,7 +23,7 @@ from rl.evaluate import evaluate, successes_of
 from rl.health import health_metrics
 from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
-from rl.metrics import MetricsLog, reward_metrics, rollout_metrics
+from rl.metrics import MetricsLog, reward_metrics, rollout_metrics, staleness_metrics
 from rl.model import resolve_model
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.prm_actor import PrmHandle
@@ -43,6 +44,8 @@ from rollout.types import Prompt
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_LIMIT_S = 600.0
+BATCH_LIMIT_S = 24 * 3600.0
+"""Of a batch that grows ahead; its trees have limits of their own, which come first."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,6 +91,7 @@ def opened_run(cfg: Config) -> Iterator[Run]:
         route_logs(folder.logs)  # vllm and ray have put handlers of their own in place meanwhile
         run = Run(cfg, folder, source, parts, progress, tracker)
         run.restore()
+        stack.callback(run.stop_growing)
         try:
             yield run
         except BaseException as error:
@@ -112,10 +116,13 @@ class Run:
         self._metrics: dict[str, float] = {}
         self._scored: list[ScoredTree] = []
         self._drawn = self._refills = 0
+        self._grow_seconds = 0.0
         self._started = self._step_started = time.monotonic()
         self._checkpointed_step = 0
         self._log: MetricsLog | None = None
         self._shares: Shares | None = None
+        self._ahead: Ahead | None = None
+        self._drawn_ahead = 0
 
     def restore(self) -> None:
         """Continue from the newest intact checkpoint when run.resume asks for it."""
@@ -151,7 +158,16 @@ class Run:
         """The first prompts of this step: a function of the seed and of what steps before it drew."""
         self._metrics, self._scored, self._step_started = {}, [], time.monotonic()
         self._drawn = self._refills = 0
-        return self._draw(self.cfg.rollout.prompts_per_step)
+        self._grow_seconds = 0.0
+        if not self.cfg.rollout.max_staleness:
+            return self._draw(self.cfg.rollout.prompts_per_step)
+        if self._ahead is None:
+            self._drawn_ahead = self.state.drawn_prompts
+            self._ahead = Ahead(self._grow_ahead, self.state.step, self.cfg.rollout.max_staleness)
+        with self._stage("grow"):
+            self._grown = self._ahead.next(BATCH_LIMIT_S)
+        self._drawn = len(self._grown.prompts)
+        return self._grown.prompts
 
     def refill(self, found: Credited) -> list[Prompt]:
         """As many more prompts as selection left nothing of, until the batch is full or select.max_refills is used up;
@@ -167,24 +183,32 @@ class Run:
         self._drawn += num
         return prompts
 
-    def grow(self, prompts: list[Prompt]) -> Iterator[tuple[int, Tree]]:
-        """Trees as they finish, with the index of their prompt."""
+    def grow(self, prompts: list[Prompt]) -> Iterator[tuple[int, Tree]] | Grown:
+        """Trees as they finish, with the index of their prompt; or a batch that grew ahead."""
+        if self._ahead is not None:
+            return self._grown
         refill = [self._refills] if self._refills else []
         return self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", self.state.step, *refill))
 
-    def score(self, trees: Iterator[tuple[int, Tree]]) -> list[ScoredTree]:
+    def score(self, trees: Iterator[tuple[int, Tree]] | Grown) -> list[ScoredTree]:
         """Grow and score at once; all trees of the step come back, in the order of their prompts."""
-        with self._stage("grow"):
-            grown = self._parts.scoring.submit(trees)
+        if not isinstance(trees, Grown):
+            with self._stage("grow"):
+                started = time.monotonic()
+                calls = self._parts.scoring.submit(trees)
+            trees = Grown([], calls, time.monotonic() - started)
         with self._stage("score"):
-            self._scored = self._scored + self._parts.scoring.collect(grown)
+            self._scored = self._scored + self._parts.scoring.collect(trees.calls)
+        self._grow_seconds += trees.seconds
         if self._parts.prm is not None:
             with self._stage("prm"):
                 self._scored = self._prm_scored(self._parts.prm, self._scored)
         scored = self._scored
         trees_grown = [each.tree for each in scored]
         check_tool_crashes(trees_grown, self.cfg.task)
-        self._metrics |= rollout_metrics(trees_grown, self._metrics["time/grow_seconds"])
+        self._metrics |= rollout_metrics(trees_grown, self._grow_seconds)
+        if self.cfg.rollout.max_staleness:
+            self._metrics |= staleness_metrics(trees_grown, self.state.step)
         self._metrics |= reward_metrics(scored)
         successes = [success for each in scored for success in successes_of(each)]
         if successes:
@@ -206,6 +230,19 @@ class Run:
     def _teach_prm(self, prm: PrmHandle, scored: list[ScoredTree]) -> None:
         call = prm.update(*outcomes_of(scored), self.state.step)
         self._metrics |= prm.answer(call, "the process reward model to learn")
+
+    def _grow_ahead(self, step: int) -> Grown:
+        """The batch of a step, from its prompts to the last tree; called on the thread that grows ahead."""
+        prompts = self._source.draw(self._drawn_ahead, self.cfg.rollout.prompts_per_step)
+        self._drawn_ahead += len(prompts)
+        started = time.monotonic()
+        calls = self._parts.scoring.submit(self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", step)))
+        return Grown(prompts, calls, time.monotonic() - started)
+
+    def stop_growing(self) -> None:
+        """Begin no further batch ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def assign(self, scored: list[ScoredTree]) -> Credited:
         """What of the trees trains, and an advantage for every step and trajectory of it."""
@@ -252,6 +289,8 @@ class Run:
         self.state.trained_tokens += int(self._metrics["learner/trained_tokens"])
         with self._stage("publish"):
             self._metrics |= self._parts.publisher.publish(self.state.step, grown)
+        if self._ahead is not None:
+            self._ahead.advance()
 
     def finish_step(self, scored: list[ScoredTree], found: Credited) -> None:
         """Write the step's metrics and trees, and a checkpoint when one is due."""
@@ -273,7 +312,7 @@ class Run:
         if not due or self.state.evaluated_step == step or not self.cfg.run.eval_prompts:
             return
         self._metrics = {}
-        with self._stage("eval"):
+        with self._stage("eval"), self._ahead.paused() if self._ahead else contextlib.nullcontext():
             found = evaluate(self.cfg, self._parts, self._source, self.cfg.run.eval_prompts)
         self.state.success_after, self.state.success_standard_error = found.success_share, found.standard_error
         self.state.evaluated_step = step

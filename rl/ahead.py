@@ -1,0 +1,98 @@
+"""Batches that grow ahead: while the learner is at one step, the engines are at the next ones."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from conf.errors import WaitTimeout
+from rollout.types import Prompt
+from rollout.waiting import SAY_AFTER_S
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A batch whose trees have all been handed to the reward service."""
+
+    prompts: list[Prompt]
+    calls: dict[int, Any]
+    """Calls that score, by index of the prompt."""
+    seconds: float
+    """Of growing it."""
+
+
+Grow = Callable[[int], Grown]
+"""Grows the batch of a step, from its prompts to the last tree."""
+
+
+class Ahead:
+    """Grows batches in their order on a thread of its own, at most `depth` ahead of the step that trains.
+
+    A batch that is trained at step s was begun when step s - depth had not been updated yet, or later, so that no token
+    of it is more than `depth` versions older than the policy that learns from it. Which version sampled which step
+    hangs on the clock: only depth 0, which needs no thread, repeats to the last bit.
+    """
+
+    def __init__(self, grow: Grow, first_step: int, depth: int) -> None:
+        assert depth > 0, "nothing grows ahead of itself"
+        self._grow = grow
+        self._done: queue.SimpleQueue[Grown | BaseException] = queue.SimpleQueue()
+        self._allowed = threading.Semaphore(depth + 1)
+        self._growing = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(first_step,), name="ahead", daemon=True)
+        self._thread.start()
+
+    def next(self, limit_s: float) -> Grown:
+        """The next batch, once it has grown.
+
+        Raises: WaitTimeout; whatever growing it raised.
+        """
+        started = time.monotonic()
+        while True:
+            left_s = limit_s - (time.monotonic() - started)
+            if left_s <= 0:
+                raise WaitTimeout(f"the next batch did not grow within {limit_s:.0f} s. Look into the workers' logs.")
+            try:
+                found = self._done.get(timeout=min(SAY_AFTER_S, left_s))
+            except queue.Empty:
+                logger.warning("still waiting for the next batch to grow after %.0f s", time.monotonic() - started)
+                continue
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+    def advance(self) -> None:
+        """A step has been updated: one more batch may grow."""
+        self._allowed.release()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing grows while this is entered, which waits for the batch that does."""
+        with self._growing:
+            yield
+
+    def close(self) -> None:
+        """Begin no further batch. One that grows is left to the engines, which end with the run."""
+        self._closed.set()
+        self._allowed.release()
+
+    def _run(self, first_step: int) -> None:
+        try:
+            for step in itertools.count(first_step):
+                self._allowed.acquire()
+                if self._closed.is_set():
+                    return
+                with self._growing:
+                    self._done.put(self._grow(step))
+        except BaseException as error:  # told where the batch is asked for
+            self._done.put(error)
