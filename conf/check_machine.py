@@ -281,9 +281,9 @@ def staleness_can_be_kept(cfg: Config) -> list[Problem]:
     if cfg.rollout.max_staleness and cfg.select.max_refills:
         return [
             Problem(
-                f"rollout.max_staleness={cfg.rollout.max_staleness} with select.max_refills={cfg.select.max_refills}: a "
-                f"batch would be refilled while the next one already grows on the same engines, and its prompts would "
-                f"be drawn twice. Set select.max_refills=0, or rollout.max_staleness=0."
+                f"rollout.max_staleness={cfg.rollout.max_staleness} with select.max_refills={cfg.select.max_refills}: "
+                f"a batch would be refilled while the next one already grows on the same engines, its prompts "
+                f"would be drawn twice. Set select.max_refills=0, or rollout.max_staleness=0."
             )
         ]
     return []

@@ -76,6 +76,23 @@ examples:
   grove eval models/mine task=gsm8k task.eval.path=test.jsonl                 a model that no run of Grove made
 """
 
+ROLLOUT = """\
+Grows trees by a policy, scores them with the configured rewards and records them, without training: data for process
+reward models, preferences, or a closer look. Stopped half-way, the same command goes on. --export writes
+
+  steps         a row for each step with all of its scores
+  trajectories  prompt, completions, labels: what process reward models are trained on
+  pairs         the best and the worst step of each fork by how their trajectories ended: prompt, chosen, rejected
+"""
+
+ROLLOUT_EXAMPLES = """\
+examples:
+  grove rollout data/hops experiment=hop_search --prompts 200 --export steps pairs --format parquet
+  grove rollout data/gsm8k experiment=gsm8k model.path=models/mine task.train.path=train.jsonl --prompts 1000 \\
+      --export trajectories
+  grove check-reward my_rewards.py:brevity --trees data/hops
+"""
+
 REPORT_EXAMPLES = """\
 examples:
   grove report runs/hop_search-seed0                     also while the run goes on
@@ -197,6 +214,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     evaluate.set_defaults(run=_evaluate)
 
+    rollout = commands.add_parser(
+        "rollout", help="grow and score trees without training", description=ROLLOUT, epilog=ROLLOUT_EXAMPLES, **look
+    )
+    rollout.add_argument("out", metavar="OUT", help="folder to write to; one that was begun is finished")
+    rollout.add_argument("--prompts", type=_count, required=True, metavar="N", help="prompts to grow a tree of")
+    rollout.add_argument("--held-out", action="store_true", help="prompts of the held-out data")
+    rollout.add_argument(
+        "--export", nargs="+", default=[], choices=completion.EXPORTS, help="write the trees as this too"
+    )
+    rollout.add_argument("--format", default="jsonl", choices=completion.FORMATS, help="of exports (default: jsonl)")
+    _add_settings(rollout)
+    rollout.set_defaults(run=_rollout)
+
     report = commands.add_parser(
         "report", help="write a run's curve and report once more", epilog=REPORT_EXAMPLES, **look
     )
@@ -280,6 +310,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rl.evaluate import evaluate_run
 
     _print_summary(evaluate_run(arguments.path, arguments.overrides, arguments.prompts))
+    return 0
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from conf.checks import require_runnable
+    from conf.compose import compose
+
+    out = Path(arguments.out)
+    cfg = compose([*arguments.overrides, f"run.dir={out / 'unused'}"], arguments.config_dir)
+    require_runnable(cfg, warn=_warn)
+    from rl.generate import generate
+
+    held_out, exports, ending = arguments.held_out, arguments.export, arguments.format
+    _print_summary(generate(cfg, out, arguments.prompts, held_out=held_out, exports=exports, ending=ending))
     return 0
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
 from conf.subject import LEVELS
 
-COMMANDS = ("train", "eval", "report", "replay", "check-reward", "new", "config", "completion")
+COMMANDS = ("train", "eval", "rollout", "report", "replay", "check-reward", "new", "config", "completion")
 OPTIONS = {
     "train": ["--config-dir", "--help"],
     "eval": ["--prompts", "--help"],
+    "rollout": ["--prompts", "--held-out", "--export", "--format", "--config-dir", "--help"],
     "report": ["--help"],
     "replay": ["--steps", "--config-dir", "--help"],
     "check-reward": ["--trees", "--level", "--model", "--arg", "--column", "--timeout", "--help"],
@@ -22,7 +23,10 @@ OPTIONS = {
 SHELLS = ("bash", "zsh")
 NOUNS = {"completion": SHELLS, "new": ("reward",)}
 """What follows a command at once."""
-VALUES = {"--level": LEVELS}
+EXPORTS = ("steps", "trajectories", "pairs")
+"""What `rl.export` can write trees as."""
+FORMATS = ("jsonl", "parquet")
+VALUES = {"--level": LEVELS, "--export": EXPORTS, "--format": FORMATS}
 """What follows an option."""
 
 BASH = r"""# Completion of grove for bash. Use it with: source <(grove completion bash)
@@ -81,9 +85,11 @@ def candidates(words: list[str]) -> list[str]:
         return _beginning(word, VALUES[words[-2]])
     if command in NOUNS and len(words) == 2:
         return _beginning(word, NOUNS[command])
-    if command not in ("train", "config", "eval", "replay") or words[-2] in ("--config-dir", "--steps"):
+    if command not in ("train", "config", "eval", "replay", "rollout"):
         return []
-    if command in ("eval", "replay") and len(words) == 2:
+    if words[-2] in ("--config-dir", "--steps", "--prompts"):
+        return []
+    if command in ("eval", "replay", "rollout") and len(words) == 2:
         return []  # the run's folder
     # A run has made its choices; a bare model is evaluated on any task.
     has_choices = command != "eval" or (Path(words[1]) / "config.json").is_file()
