@@ -29,6 +29,8 @@ class ToolFormat(Enum):
     """<call> tool arg arg </call> and <answer> ... </answer>, for word-level vocabularies."""
     hermes = "hermes"
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Qwen and Hermes models write it."""
+    llama = "llama"
+    """{"name": ..., "parameters": {...}}, with `;` between several, as Llama 3.1 and later write it."""
 
 
 class OnMalformed(Enum):
@@ -498,6 +500,9 @@ class TaskConfig:
     answer_pattern: str = ""
     """Regular expression; the first group of its last match in the answer column is the answer. "" takes all of it."""
     system_prompt: str = ""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, e.g. {enable_thinking: false} or, for Llama, {date_string: 26 Jul 2024},
+    without which some of its templates write today's date and a run does not repeat tomorrow."""
     tools: list[str] = field(default_factory=list)
     """Plain typed Python functions, as "file.py:function" or "package.module:function"."""
     tool_format: ToolFormat = ToolFormat.hermes

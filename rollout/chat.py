@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,33 +16,17 @@ from conf.errors import ConfigError
 from conf.schema import Config, OnMalformed, TaskConfig, ToolFormat
 from rollout.environment import Turn
 from rollout.tools import Tool, ToolOutcome, ToolReply, load_tools
+from rollout.turns import Call, ParsedTurn, parse_turn
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CALL_BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 WORD_TURN_ENDS = ("</call>", "</answer>")
+LLAMA_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>")
+"""Of a turn, and of one that awaits a tool's result."""
 MARK = "GROVE-ASSISTANT-TURN"
 """Stands for the policy's turn while the template is rendered; plain text that no template treats specially."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A tool call as the policy wrote it."""
-
-    tool: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedTurn:
-    """What a turn says: calls, or an answer, or neither."""
-
-    calls: tuple[Call, ...] = ()
-    answer: str | None = None
-    error: str = ""
-    """Why it is neither."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,61 +38,34 @@ class Episode:
     max_calls: int
 
 
-def parse_words(text: str, tools: Mapping[str, Tool]) -> ParsedTurn:
-    """Read `<call> tool arg ... </call>` or `<answer> ... </answer>`: the turn is one of them and nothing else.
-
-    Each parameter is one word and the last takes the rest. An unknown tool's words come back under the name "words".
-    """
-    words = text.split()
-    if len(words) >= 3 and words[0] == "<answer>" and words[-1] == "</answer>":
-        return ParsedTurn(answer=" ".join(words[1:-1]))
-    if len(words) < 3 or words[0] != "<call>" or words[-1] != "</call>":
-        return ParsedTurn(error="a turn is <call> tool arguments </call> or <answer> text </answer>")
-    name, rest = words[1], words[2:-1]
-    arguments = tools[name].arguments_from_words(rest) if name in tools else {"words": " ".join(rest)}
-    return ParsedTurn(calls=(Call(name, arguments),))
-
-
-def parse_hermes(text: str) -> ParsedTurn:
-    """Read `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, once or more; a turn without one is the answer.
-
-    What comes before `</think>` is thought: calls in it are not made and it is no part of the answer.
-    """
-    said = text.rpartition("</think>")[2]
-    blocks = CALL_BLOCK.findall(said)
-    if "<tool_call>" in CALL_BLOCK.sub("", said):
-        return ParsedTurn(error="a <tool_call> is not closed by </tool_call>")
-    if not blocks:
-        answer = said.strip()
-        return ParsedTurn(answer=answer) if answer else ParsedTurn(error="the turn says nothing")
-    try:
-        return ParsedTurn(calls=tuple(_hermes_call(block) for block in blocks))
-    except ValueError as error:
-        return ParsedTurn(error=f"a tool call cannot be read: {error}")
-
-
-def _hermes_call(block: str) -> Call:
-    call = json.loads(block)
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ValueError('it must be a JSON object with "name" and "arguments"')
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise ValueError('"arguments" must be a JSON object')
-    return Call(call["name"], arguments)
-
-
 class ToolTemplate:
     """The tokens a chat template puts between the policy's turn and its next one, for given tool results.
 
     The sampled turn is never encoded again: a conversation with a stand-in turn is rendered, and what follows the
     stand-in is encoded. Tokens that close a turn and were sampled already (usually the stop token) are not repeated;
-    those that were not sampled are part of the observation.
+    those that were not sampled are part of the observation. So a path only ever grows at its end, also where the
+    template would render earlier turns anew in another way (`rewrites_turns`).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises: ConfigError for a tokenizer without a chat template, or with one that knows no tool messages."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        closers: Sequence[int] = (),
+    ) -> None:
+        """Read what the template puts behind a turn.
+
+        Args:
+            arguments: `task.template_arguments`.
+            closers: tokens that close a turn as well as the template's own does.
+        Raises: ConfigError for a tokenizer without a chat template, or with one that knows no tool messages.
+        """
         self._tokenizer = tokenizer
+        self._arguments = dict(arguments or {})
+        self._closers = frozenset(closers)
         require_chat_template(tokenizer)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         # Few replies are new ones (an error, a common answer), and rendering costs more than all the rest of a turn.
         self._tail_ids = lru_cache(maxsize=4096)(self._encoded_tail)
         self.closing_ids = self._encode(self._tail([], add_generation_prompt=False))
@@ -125,13 +83,33 @@ class ToolTemplate:
 
     def observation_ids(self, results: Sequence[str], action_ids: Sequence[int]) -> list[int]:
         """Tokens between `action_ids` and the next turn's first token, one tool message per result."""
-        tail_ids = self._tail_ids(tuple(results))
+        tail_ids = self._tail_ids(tuple(self._harmless(result) for result in results))
         return tail_ids[self._num_sampled(tail_ids, action_ids) :]
+
+    def rewrites_turns(self) -> bool:
+        """Whether the template renders a turn otherwise once the conversation has gone on, as Qwen3 drops thoughts."""
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": f"<think>\n?\n</think>\n\n{MARK}"},
+        ]
+        later = [
+            {"role": "tool", "content": "?"},
+            {"role": "assistant", "content": MARK},
+            {"role": "user", "content": "?"},
+        ]
+        now, then = (self._render(each, add_generation_prompt=False) for each in (messages, messages + later))
+        return not then.startswith(now.partition(MARK)[0])
+
+    def _harmless(self, result: str) -> str:
+        """A result that cannot end its own message: the policy could write, or find, the markers of a turn in it."""
+        return self._special.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", result)
 
     def _encoded_tail(self, results: tuple[str, ...]) -> list[int]:
         return self._encode(self._tail(results, add_generation_prompt=True))
 
     def _num_sampled(self, tail_ids: list[int], action_ids: Sequence[int]) -> int:
+        if action_ids and action_ids[-1] in self._closers and tail_ids[:1] == self.closing_ids[:1]:
+            return 1
         longest = min(len(self.closing_ids), len(action_ids))
         overlaps = (size for size in range(longest, 0, -1) if list(action_ids[-size:]) == tail_ids[:size])
         return next(overlaps, 0)
@@ -139,17 +117,8 @@ class ToolTemplate:
     def _tail(self, results: Sequence[str], *, add_generation_prompt: bool) -> str:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
         messages += [{"role": "tool", "content": result} for result in results]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # jinja's own errors, and whatever the template raises on purpose
-            raise ConfigError(
-                f'The chat template of "{self._tokenizer.name_or_path}" does not render a tool message after an '
-                f"assistant turn ({error}): the policy could not be shown what a tool returned. Use a model that was "
-                "trained to call tools, or give its tokenizer a chat template that renders them."
-            ) from error
-        _, found, tail = str(text).partition(MARK)
+        text = self._render(messages, add_generation_prompt=add_generation_prompt)
+        _, found, tail = text.partition(MARK)
         if not found:
             raise ConfigError(
                 f'The chat template of "{self._tokenizer.name_or_path}" changes or drops the assistant\'s text, so '
@@ -157,6 +126,19 @@ class ToolTemplate:
                 "it is."
             )
         return tail
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._arguments
+            )
+        except Exception as error:  # jinja's own errors, and whatever the template raises on purpose
+            raise ConfigError(
+                f'The chat template of "{self._tokenizer.name_or_path}" does not render a tool message after an '
+                f"assistant turn ({error}): the policy could not be shown what a tool returned. Use a model that was "
+                "trained to call tools, or give its tokenizer a chat template that renders them."
+            ) from error
+        return str(text)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -178,7 +160,8 @@ def find_stop_token_ids(
     """Tokens that end a turn.
 
     In the words format `</call>` and `</answer>`; otherwise the end-of-sequence tokens of tokenizer and generation
-    config, and the special token with which the template closes a turn (base models name another one).
+    config, and the special token with which the template closes a turn (base models name another one); in the llama
+    format also those with which Llama ends a turn.
 
     Raises: ConfigError when there is none, since every turn would then run into its token limit.
     """
@@ -194,6 +177,8 @@ def find_stop_token_ids(
     added = tokenizer.added_tokens_decoder
     closing = [each for each in closing_ids[:1] if each in added and added[each].special]
     found = [tokenizer.eos_token_id, *_generation_eos(tokenizer.name_or_path), *closing]
+    if tool_format is ToolFormat.llama:
+        found += _llama_turn_ends(tokenizer)
     stops = tuple(dict.fromkeys(each for each in found if each is not None))
     if not stops:
         raise ConfigError(
@@ -201,6 +186,11 @@ def find_stop_token_ids(
             "eos_token in its tokenizer_config.json to the token that closes a turn."
         )
     return stops
+
+
+def _llama_turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    words = tokenizer.get_vocab()
+    return [words[word] for word in LLAMA_TURN_ENDS if word in words]
 
 
 def _generation_eos(folder: str) -> list[int]:
@@ -224,7 +214,8 @@ class ToolEnvironment:
     stop_token_ids: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.template = ToolTemplate(self.tokenizer)
+        closers = _llama_turn_ends(self.tokenizer) if self.task.tool_format is ToolFormat.llama else ()
+        self.template = ToolTemplate(self.tokenizer, self.task.template_arguments, closers)
         self.stop_token_ids = find_stop_token_ids(self.tokenizer, self.task.tool_format, self.template.closing_ids)
         if self.tools or self.task.on_malformed is OnMalformed.reply:
             self.template.require_tool_messages()
@@ -258,10 +249,9 @@ class ToolEnvironment:
         return replace(turn, action_text=action_text, observation_text=self._decode(turn.observation_ids))
 
     def _parse(self, action_ids: list[int]) -> ParsedTurn:
-        if self.task.tool_format is ToolFormat.words:
-            return parse_words(self._decode(action_ids), self.tools)
         ended = bool(action_ids) and action_ids[-1] in self.stop_token_ids
-        return parse_hermes(self._decode(action_ids[:-1] if ended else action_ids))
+        is_bare = ended and self.task.tool_format is not ToolFormat.words  # whose stop words are part of what is said
+        return parse_turn(self._decode(action_ids[:-1] if is_bare else action_ids), self.task.tool_format, self.tools)
 
     def _decode(self, token_ids: list[int]) -> str:
         # Special tokens stay: some vocabularies count the markers of a call among them.
@@ -287,10 +277,9 @@ class ToolEnvironment:
         if num_calls > state.max_calls:
             over = ToolReply(ToolOutcome.refused, f"the budget of {state.max_calls} calls is used up")
             return Turn(state=after, facts=_facts(calls, [over] * len(calls)), stop=StopReason.call_budget)
-        replies: list[ToolReply] = []
-        for call in calls:
-            reply = await self._run(call, state.prompt)
-            replies.append(reply)
+        # At once: tools keep no state, so the calls of a turn cannot know of each other.
+        replies = await asyncio.gather(*(self._run(call, state.prompt) for call in calls))
+        for call, reply in zip(calls, replies, strict=True):
             if reply.outcome is ToolOutcome.crashed:
                 facts = _facts((call,), [reply])
                 return Turn(state=after, facts=facts, stop=StopReason.tool_crashed)

@@ -250,6 +250,7 @@ class PromptEncoder:
                 tools=self._schemas,  # type: ignore[arg-type]
                 tokenize=False,
                 add_generation_prompt=True,
+                **self._task.template_arguments,
             )
             for row in rows
         ]

@@ -104,7 +104,9 @@ class Tool:
         unknown = [name for name in arguments if name not in self.parameters]
         if unknown:
             known = ", ".join(self.parameters) or "no arguments"
-            return f'{self.name} has no argument "{unknown[0]}", it takes {known}'
+            near = get_close_matches(unknown[0], self.parameters, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f'{self.name} has no argument "{unknown[0]}", it takes {known}{hint}'
         missing = [name for name in self.required if name not in arguments]
         if missing:
             return f'{self.name} needs the argument "{missing[0]}"'

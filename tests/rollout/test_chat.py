@@ -13,10 +13,11 @@ from chatml import chatml_tokenizer, encode
 from conf.errors import ConfigError, ToolError
 from conf.schema import ColumnsConfig, Config, OnMalformed, TaskConfig, ToolFormat
 from rl.tiny import tiny_tokenizer
-from rollout.chat import ToolEnvironment, build_environment, find_stop_token_ids, parse_hermes, parse_words
+from rollout.chat import ToolEnvironment, build_environment, find_stop_token_ids
 from rollout.environment import Turn
 from rollout.envs.hop_search import HopSearchRows, parse_world
 from rollout.tools import make_tool
+from rollout.turns import parse_hermes, parse_words
 from rollout.types import Prompt, StepKind, StopReason
 
 
