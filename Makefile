@@ -27,7 +27,7 @@ RUN := runs/hop_search-seed$(SEED)
 # One OpenMP thread: two spinning teams on two cores slow vLLM twentyfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-fast lint bench bench-rollout bench-learner bench-credit bench-rewards bench-methods bench-recipes clean
+.PHONY: help install demo test test-fast chaos lint bench bench-rollout bench-learner bench-credit bench-rewards bench-methods bench-recipes clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -49,6 +49,9 @@ test: install ## run all tests; those that need a CUDA device are skipped withou
 
 test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about a minute
 	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
+
+chaos: install ## 50 steps whose workers are killed every 5, against an undisturbed run; minutes
+	@GROVE_CHAOS_STEPS=50 $(PYTEST) tests/rl/test_chaos.py $(ARGS)
 
 lint: install ## check style, formatting and types
 	@$(BIN)/ruff check .

@@ -487,13 +487,76 @@ class HopSearchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WorldConfig:
+    """A world with a state of its own behind the chat."""
+
+    fn: str = ""
+    """A class as `rollout.world.World` describes it, as "file.py:Class" or "package.module:Class"; "" for tools."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of fn."""
+    num_processes: int = 0
+    """Processes in which each rollout worker holds the world's sessions; one that hangs or crashes is killed and
+    replaced. 0 holds them in the worker and acts in threads, which cannot be killed."""
+    max_sessions: int = 64
+    """Sessions that each worker keeps for later steps; those beyond are closed and, where needed, made again by acting
+    the same actions."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TextWorldConfig:
+    """Text games that are generated and scored by the package TextWorld."""
+
+    num_games: int = 256
+    """Training games; held-out games are others."""
+    num_rooms: int = 3
+    num_objects: int = 5
+    num_quests: int = 2
+    """Independent quests of one game; each gives a point, and all together win."""
+    quest_length: int = 3
+    """Commands that a quest takes at least."""
+    show_commands: bool = True
+    """Tell the policy with every observation which commands are possible."""
+    cache_dir: str = "runs/textworld"
+    """Where generated games are kept."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReasoningGymConfig:
+    """Questions that the package reasoning-gym makes and scores."""
+
+    dataset: str = "chain_sum"
+    """Name of the dataset, e.g. chain_sum, countdown, mini_sudoku."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the dataset, e.g. {min_terms: 3, max_terms: 5}; its size and seed are Grove's to give."""
+    num_tries: int = 1
+    """Answers the policy may give; after one that is not fully right it is told so and may try again."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifiersConfig:
+    """Tasks and rewards of a taskset written for the package verifiers."""
+
+    taskset: str = ""
+    """The taskset's class, as "file.py:Class" or "package.module:Class"."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Fields of the taskset's config."""
+    held_out_every: int = 10
+    """One task in so many is kept for held-out questions."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TaskConfig:
     """What the policy is asked and what it may use."""
 
     name: str = "hop_search"
     generator: str = ""
-    """Task that makes its own questions ("hop_search"); "" reads task.train and task.eval."""
+    """Task that makes its own questions (hop_search, textworld, reasoning_gym, verifiers); "" reads task.train and
+    task.eval."""
     hop_search: HopSearchConfig = field(default_factory=HopSearchConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    textworld: TextWorldConfig = field(default_factory=TextWorldConfig)
+    reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
+    verifiers: VerifiersConfig = field(default_factory=VerifiersConfig)
     train: DataConfig = field(default_factory=DataConfig)
     eval: DataConfig = field(default_factory=DataConfig)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)

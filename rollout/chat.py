@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import ConfigError
 from conf.schema import Config, OnMalformed, TaskConfig, ToolFormat
-from rollout.environment import Turn
+from rollout.environment import Environment, Turn
 from rollout.tools import Tool, ToolOutcome, ToolReply, load_tools
 from rollout.turns import Call, ParsedTurn, parse_turn
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
@@ -71,6 +71,9 @@ class ToolTemplate:
         self.closing_ids = self._encode(self._tail([], add_generation_prompt=False))
         """Tokens with which the template closes an assistant turn."""
 
+    role = "tool"
+    """Of the messages that answer a turn."""
+
     def require_tool_messages(self) -> None:
         """Raises: ConfigError when the template cannot show a tool's result to the model."""
         shown = self._tail(["GROVE-TOOL-RESULT"], add_generation_prompt=True)
@@ -116,7 +119,7 @@ class ToolTemplate:
 
     def _tail(self, results: Sequence[str], *, add_generation_prompt: bool) -> str:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-        messages += [{"role": "tool", "content": result} for result in results]
+        messages += [{"role": self.role, "content": result} for result in results]
         text = self._render(messages, add_generation_prompt=add_generation_prompt)
         _, found, tail = text.partition(MARK)
         if not found:
@@ -331,9 +334,13 @@ def call_budget(task: TaskConfig, data: Mapping[str, Any]) -> int:
     return budget
 
 
-def build_environment(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> ToolEnvironment:
+def build_environment(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Environment:
     """The environment of `cfg.task` for the policy that this tokenizer belongs to.
 
-    Raises: ConfigError for a tool that cannot be loaded, or a chat template that cannot show a tool's result.
+    Raises: ConfigError for a tool or world that cannot be loaded, or a chat template that cannot show a tool's result.
     """
+    if cfg.task.world.fn:
+        from rollout.world import build_world_environment
+
+        return build_world_environment(cfg, tokenizer)
     return ToolEnvironment(cfg.task, tokenizer, load_tools(cfg.task.tools))

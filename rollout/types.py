@@ -56,6 +56,10 @@ class StepFacts:
     """True: the tool returned; False: it refused (ToolError, unknown tool, bad arguments); None: no call."""
     result: str | None = None
     """What the tool returned or the refusal told to the model."""
+    score: float | None = None
+    """Score of the world's own that the step gained; None where the world keeps none."""
+    won: bool | None = None
+    """Whether the world's goal was reached with this step; None where the world does not say."""
     answer: str | None = None
     """The final answer's text, for an answer step."""
     error: str = ""

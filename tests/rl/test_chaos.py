@@ -1,0 +1,105 @@
+"""Workers are killed while a run trains: it goes on, and comes to the same numbers as if nobody had touched it.
+
+GROVE_CHAOS_STEPS=50 python -m pytest tests/rl/test_chaos.py      (make chaos)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rl.record import read_trees
+from rollout.tree import Tree
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STEPS = int(os.environ.get("GROVE_CHAOS_STEPS", "8"))
+KILL_EVERY = 5 if STEPS >= 20 else 3
+SMALL = [
+    *("experiment=hop_search", "run.eval_prompts=0", "run.checkpoint_every_steps=0", "rollout.prompts_per_step=6"),
+    *("model.warm_start.num_steps=60", "rollout.max_worker_restarts=1000", f"run.num_steps={STEPS}"),
+]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chaos")
+
+
+def trained(
+    room: Path, name: str, *overrides: str, meanwhile: Callable[[psutil.Process, Path], None] | None = None
+) -> Path:
+    folder = room / name
+    places = [f"run.dir={folder}", f"model.warm_start.cache_dir={room / 'warm_start'}"]
+    command = [sys.executable, "-m", "rl.cli", "train", *SMALL, *places, *overrides]
+    log = room / f"{name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        if meanwhile is not None:
+            meanwhile(psutil.Process(process.pid), folder)
+        assert process.wait(timeout=1500) == 0, log.read_text()[-4000:]
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "seconds", "per_second", "cached")
+    return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
+
+
+def recorded(folder: Path, step: int) -> list[Tree]:
+    return [each.tree for each in read_trees(folder / "trees" / f"step_{step:06d}.jsonl.gz")]
+
+
+def kill_workers(process: psutil.Process, folder: Path) -> None:
+    """SIGKILL to one rollout worker after every few steps, in turn, in the middle of the next step."""
+    number = 0
+    for step in range(1, STEPS, KILL_EVERY):
+        while len(metrics(folder)) < step:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return
+            time.sleep(0.02)
+        workers = sorted(
+            (each for each in process.children(recursive=True) if "RolloutWorker" in "".join(each.cmdline())),
+            key=lambda each: each.pid,
+        )
+        if workers:
+            os.kill(workers[number % len(workers)].pid, signal.SIGKILL)
+            number += 1
+
+
+def test_a_run_whose_workers_are_killed_equals_the_undisturbed_one(room: Path):
+    calm = trained(room, "calm")
+    stormy = trained(room, "stormy", meanwhile=kill_workers)
+    summary = json.loads((stormy / "summary.json").read_text())
+    assert summary["worker_restarts"] >= (STEPS - 1) // KILL_EVERY
+    assert metrics(stormy) == metrics(calm)
+    for step in range(1, STEPS + 1):
+        trees = [
+            [each.tree for each in read_trees(folder / "trees" / f"step_{step:06d}.jsonl.gz")]
+            for folder in (calm, stormy)
+        ]
+        for one, other in zip(*trees, strict=True):  # none lost, none twice
+            assert one.prompt == other.prompt
+            assert [node.action_ids for node in one.nodes] == [node.action_ids for node in other.nodes]
+
+
+def test_batches_that_grow_ahead_are_never_older_than_allowed_and_survive_a_kill(room: Path):
+    folder = trained(room, "ahead", "rollout.max_staleness=1", meanwhile=kill_workers)
+    rows = [row for row in metrics(folder) if "rollout/staleness_max" in row]
+    assert len(rows) == STEPS
+    assert {row["rollout/staleness_max"] for row in rows} <= {0, 1}
+    assert any(row["rollout/stale_share"] > 0 for row in rows)
+    ids = [tree.prompt.id for step in range(1, STEPS + 1) for tree in recorded(folder, step)]
+    assert len(ids) == len(set(ids)) == 6 * STEPS
