@@ -7,12 +7,11 @@ import logging
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from conf.subject import SERVICES
 from rewards.arguments import Call
 from rewards.base import Answers, Source
 from rewards.models.base import ModelError
+from rollout.apart import secret_names
 from rollout.tree import Tree
 
 logger = logging.getLogger(__name__)
 
-SECRET_NAME = re.compile(r"^AWS_|(^|_)(API_?)?(KEY|TOKEN|SECRET|CREDENTIAL)S?(_|$)|PASSWORD|PASSWD", re.IGNORECASE)
-"""Environment variables that reward code does not see: a judge's prompt or a log line would give them away."""
 GRACE_S = 2.0
 """An async source cancels what is late by itself; past its limit by so much, something blocks its event loop."""
 ORPHAN_GRACE_S = 5.0
@@ -256,11 +254,6 @@ def _strike(process: SpawnProcess) -> None:
 
 def _fate(exit_code: int | None) -> str:
     return "was killed" if exit_code == -signal.SIGKILL else f"died with exit code {exit_code}"
-
-
-def secret_names(names: Iterable[str], passed: Collection[str]) -> list[str]:
-    """Environment variables that look like secrets and are not passed on purpose."""
-    return [name for name in names if SECRET_NAME.search(name) and name not in passed]
 
 
 def _serve(pipe: Connection, output: Connection, current: Any, passed: Collection[str], memory_limit_mib: int) -> None:
