@@ -33,6 +33,15 @@ class ToolFormat(Enum):
     """{"name": ..., "parameters": {...}}, with `;` between several, as Llama 3.1 and later write it."""
 
 
+class ToolSandbox(Enum):
+    """Where the tools of a user's file run."""
+
+    none = "none"
+    """In threads of the rollout worker: fast, with its memory and environment; one that hangs cannot be killed."""
+    process = "process"
+    """In processes of their own, killed when they hang or take too much, without secrets of the environment."""
+
+
 class OnMalformed(Enum):
     """What follows a turn that is neither a call nor an answer."""
 
@@ -574,6 +583,13 @@ class TaskConfig:
     """Tool calls in one episode."""
     tool_timeout_s: float = 10.0
     """Longest one tool call may take; a slower one ends its trajectory untrained."""
+    tool_sandbox: ToolSandbox = ToolSandbox.none
+    tool_processes: int = 4
+    """process: calls of one worker that run at a time; others wait, and their time limit with them."""
+    tool_memory_limit_mib: int = 2048
+    """process: memory each may allocate; 0 for no limit."""
+    tool_pass_env: list[str] = field(default_factory=list)
+    """process: environment variables that tools see although their names look like secrets."""
     max_tool_crashes_share: float = 0.05
     """Share of tool calls in a step's batch that may crash or hang before the run stops."""
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import ConfigError
 from conf.schema import Config, OnMalformed, TaskConfig, ToolFormat
 from rollout.environment import Environment, Turn
-from rollout.tools import Tool, ToolOutcome, ToolReply, load_tools
+from rollout.toolbox import task_tools
+from rollout.tools import Tool, ToolOutcome, ToolReply
 from rollout.turns import Call, ParsedTurn, parse_turn
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
@@ -343,4 +344,4 @@ def build_environment(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Enviro
         from rollout.world import build_world_environment
 
         return build_world_environment(cfg, tokenizer)
-    return ToolEnvironment(cfg.task, tokenizer, load_tools(cfg.task.tools))
+    return ToolEnvironment(cfg.task, tokenizer, task_tools(cfg.task))

@@ -17,7 +17,8 @@ from conf.schema import Config, DataConfig, HopSearchConfig, TaskConfig
 from rollout.chat import call_budget, require_chat_template
 from rollout.envs.hop_search import TOOLS, HopSearchRows
 from rollout.seeds import derive_seed
-from rollout.tools import Tool, load_tools
+from rollout.toolbox import task_tools
+from rollout.tools import Tool
 from rollout.types import Prompt
 
 if TYPE_CHECKING:
@@ -368,7 +369,7 @@ def build_prompt_source(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Prom
     Raises: ConfigError for settings that name no data or tools that do not fit it; DataError for rows that cannot be
         used.
     """
-    encoder = PromptEncoder(cfg, tokenizer, load_tools(cfg.task.tools))
+    encoder = PromptEncoder(cfg, tokenizer, task_tools(cfg.task))
     if cfg.task.generator:
         return PromptSource(*_generated_rows(cfg.task, cfg.seed), encoder, cfg.seed)
     if not cfg.task.train.path:

@@ -9,7 +9,10 @@
         '''
 
 The policy is told of `relation` and `person`. Keyword-only parameters are hidden from it: each is filled from the
-column of that name in the prompt's row.
+column of that name in the prompt's row, or, where its type is TaskConfig, with the task's settings.
+
+A module may define `prepare_tools(task: TaskConfig)`: it is called once when its tools are loaded, to look at the
+settings and to build what they need.
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ import json
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any, ClassVar, get_type_hints
 
 from conf.errors import ConfigError, ToolError
 from conf.plugin import load_object
+from conf.schema import TaskConfig
+from rollout.apart import CallFailed, as_text
 
 EXAMPLE = (
     "def search(query: str) -> str:\n"
@@ -76,6 +81,11 @@ class Tool:
     """Keyword-only parameters, filled from the row."""
     optional_columns: frozenset[str]
     """Those of `columns` that have a default and may be missing from a row."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword-only parameters that are filled with the task's settings."""
+    runner: Callable[[dict[str, Any], float], Awaitable[Any]] | None = None
+    """What makes the call, from arguments and time limit, where that is not done here: in a process, or on a server.
+    It keeps the limit itself and raises as a function would."""
 
     @property
     def parameters(self) -> dict[str, dict[str, Any]]:
@@ -134,16 +144,24 @@ class Tool:
         problem = self.problem(arguments)
         if problem:
             return ToolReply(ToolOutcome.refused, problem)
-        run = _run_async if inspect.iscoroutinefunction(self.function) else _run_in_thread
+        filled = {**arguments, **hidden, **self.settings}
         try:
-            result = await run(self.function, {**arguments, **hidden}, timeout_s)
-            return ToolReply(ToolOutcome.returned, _as_text(result))
+            result = await self._run(filled, timeout_s)
+            return ToolReply(ToolOutcome.returned, as_text(result))
         except ToolError as error:
             return ToolReply(ToolOutcome.refused, str(error))
+        except CallFailed as error:
+            return ToolReply(ToolOutcome.crashed, f"{self.name} {error}")
         except _TimeUpError:
             return ToolReply(ToolOutcome.crashed, f"{self.name} did not return within {timeout_s:g} s")
         except Exception as error:
             return ToolReply(ToolOutcome.crashed, f"{self.name} raised {type(error).__name__}: {error}")
+
+    async def _run(self, arguments: dict[str, Any], timeout_s: float) -> Any:
+        if self.runner is not None:
+            return await self.runner(arguments, timeout_s)
+        run = _run_async if inspect.iscoroutinefunction(self.function) else _run_in_thread
+        return await run(self.function, arguments, timeout_s)
 
     def hidden_arguments(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword-only arguments, from the row's columns.
@@ -160,6 +178,11 @@ class Tool:
                     "the data, give the parameter a default, or move it before the * so that the policy fills it."
                 )
         return {name: data[name] for name in self.columns if name in data}
+
+
+async def run_apart(call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Wait for a blocking call that keeps its own time limit, without holding up the event loop."""
+    return await _run_in_thread(call, arguments, None)
 
 
 class _TimeUpError(Exception):
@@ -207,7 +230,7 @@ def _idle_thread() -> _ToolThread:
         return _ToolThread()
 
 
-async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float) -> Any:
+async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float | None) -> Any:
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -233,10 +256,6 @@ async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any]
     if error is not None:
         raise RuntimeError(f"{type(error).__name__}: {error}")
     return result
-
-
-def _as_text(result: Any) -> str:
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
 
 def _from_word(word: str, schema: Mapping[str, Any]) -> Any:
@@ -278,9 +297,12 @@ def _type_name(schema: Mapping[str, Any]) -> str:
     return kinds if isinstance(kinds, str) else " or ".join(kinds)
 
 
-def make_tool(function: Callable[..., Any]) -> Tool:
+def make_tool(function: Callable[..., Any], task: TaskConfig | None = None) -> Tool:
     """Read name, description and parameters from the function's signature and docstring.
 
+    Args:
+        function: what the policy calls.
+        task: for the parameters that ask for settings; the defaults when it is not given.
     Raises: ConfigError saying what the signature or the docstring lacks.
     """
     if not inspect.isfunction(function):
@@ -290,19 +312,24 @@ def make_tool(function: Callable[..., Any]) -> Tool:
         )
     told: list[inspect.Parameter] = []
     hidden: list[inspect.Parameter] = []
+    settings: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ConfigError(
                 f"task.tools: {function.__name__} takes {parameter}, which the policy cannot fill by name. Give each "
                 "parameter its own name and type."
             )
-        (hidden if parameter.kind is parameter.KEYWORD_ONLY else told).append(parameter)
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.annotation in (TaskConfig, "TaskConfig"):
+            settings[parameter.name] = task or TaskConfig()
+        else:
+            (hidden if parameter.kind is parameter.KEYWORD_ONLY else told).append(parameter)
     return Tool(
         name=function.__name__,
         schema=_schema(function, told),
         function=function,
         columns=tuple(parameter.name for parameter in hidden),
         optional_columns=frozenset(each.name for each in hidden if each.default is not each.empty),
+        settings=settings,
     )
 
 
@@ -325,16 +352,21 @@ def _schema(function: Callable[..., Any], told: list[inspect.Parameter]) -> dict
         ) from error
 
 
-def load_tools(specs: Sequence[str]) -> dict[str, Tool]:
+def load_tools(specs: Sequence[str], task: TaskConfig | None = None) -> dict[str, Tool]:
     """The tools that `task.tools` names, by name.
 
     Args:
         specs: "file.py:function" or "package.module:function".
+        task: its settings; with them, the modules' `prepare_tools` are called.
     Raises: ConfigError for a spec that names nothing, a function that cannot be described, or a name used twice.
     """
     tools: dict[str, Tool] = {}
     for number, spec in enumerate(specs):
-        tool = make_tool(load_object(spec, key=f"task.tools[{number}]"))
+        function = load_object(spec, key=f"task.tools[{number}]")
+        tool = make_tool(function, task)
+        prepare = getattr(inspect.getmodule(function), "prepare_tools", None)
+        if task is not None and prepare is not None:
+            prepare(task)
         if tool.name in tools:
             raise ConfigError(
                 f'task.tools[{number}]="{spec}": there is already a tool called {tool.name}, and the policy calls '

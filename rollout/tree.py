@@ -5,9 +5,9 @@ Law: concatenating a path's tokens gives exactly what the model saw.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from rollout.types import WORLD_FAILED, Prompt, StepFacts, StopReason
+from rollout.types import WORLD_FAILED, Prompt, StepFacts, StepKind, StopReason
 
 ROOT = -1
 """Parent of the first steps: the prompt itself."""
@@ -36,8 +36,12 @@ class Node:
     kept: bool = True
     """False for a step that was generated and then pruned: recorded, never trained."""
     action_text: str = ""
-    """The action decoded, for people and rewards; never encoded again."""
+    """The action decoded, for people and rewards; never encoded again. Behind parts of a turn, the whole turn; ""
+    for a part."""
     observation_text: str = ""
+    is_part: bool = False
+    """True for the beginning of a turn that its children go on with: it has no observation and no facts of its own,
+    and the environment answered only the turn as a whole."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +57,9 @@ class Tree:
         assert len(node.action_ids) == len(node.action_logprobs), "one log-probability per sampled token"
         assert node.parent == ROOT or self.nodes[node.parent].stop is StopReason.continues, (
             "an ended step has no children"
+        )
+        assert not node.is_part or (node.stop is StopReason.continues and not node.observation_ids), (
+            "a part of a turn is followed by the rest of it"
         )
         self.nodes.append(node)
         return len(self.nodes) - 1
@@ -88,6 +95,59 @@ class Tree:
         """Leaves whose trajectory may be scored and trained: kept, and ended by the policy rather than by the world."""
         return [row for row in self.leaves() if self.nodes[row].kept and self.nodes[row].stop not in WORLD_FAILED]
 
+    def outcome_leaves(self) -> list[int]:
+        """Trained leaves whose trajectory came to an end of its own, so that it has an outcome: all but candidates that
+        were not chosen."""
+        return [row for row in self.trained_leaves() if self.nodes[row].stop is not StopReason.not_chosen]
+
+    def turn(self, row: int) -> list[int]:
+        """Rows of the turn that `row` ends or is a part of, from its beginning to `row`."""
+        rows = [row]
+        while (parent := self.nodes[rows[-1]].parent) != ROOT and self.nodes[parent].is_part:
+            rows.append(parent)
+        return rows[::-1]
+
+    def num_turns(self, row: int) -> int:
+        """Whole turns from the prompt to `row`; the depth, where no turn was cut into parts."""
+        return sum(not self.nodes[step].is_part for step in self.path(row))
+
     def num_generated_tokens(self) -> int:
         """Tokens the policy sampled, pruned steps included."""
         return sum(len(node.action_ids) for node in self.nodes)
+
+
+def split(tree: Tree, row: int, token: int) -> Tree:
+    """The same tree with a step cut in two behind its first `token` tokens, so that others can go on from there.
+
+    The beginning becomes a part of a turn; the rest, its child in the next row, keeps facts, observation and children.
+    Every path has the tokens and log-probabilities it had.
+
+    Args:
+        row: a step of more than `token` tokens.
+        token: 1 or more.
+    """
+    node = tree.nodes[row]
+    assert 0 < token < len(node.action_ids), (
+        f"token {token} does not cut a step of {len(node.action_ids)} tokens in two"
+    )
+    beginning = replace(
+        node,
+        action_ids=node.action_ids[:token],
+        action_logprobs=node.action_logprobs[:token],
+        observation_ids=[],
+        facts=StepFacts(kind=StepKind.unread),
+        stop=StopReason.continues,
+        action_text="",
+        observation_text="",
+        is_part=True,
+    )
+    rest = replace(
+        node,
+        parent=row,
+        action_ids=node.action_ids[token:],
+        action_logprobs=node.action_logprobs[token:],
+        # One request sampled both: all that comes before the rest was in its cache.
+        num_cached_tokens=len(tree.path_ids(node.parent)) + token,
+    )
+    after = [replace(each, parent=each.parent + (each.parent >= row)) for each in tree.nodes[row + 1 :]]
+    return replace(tree, nodes=[*tree.nodes[:row], beginning, rest, *after])

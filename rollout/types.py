@@ -29,6 +29,9 @@ class StopReason(StrEnum):
     """A tool raised or hung: the world failed, not the policy, so the trajectory trains nothing."""
     deadline = "deadline"
     """The tree's time was up; the trajectory trains nothing."""
+    not_chosen = "not_chosen"
+    """A candidate of a step that another one won: its call was never made. It is trained, by what is said of steps, and
+    its trajectory has no outcome."""
 
 
 WORLD_FAILED = frozenset({StopReason.tool_crashed, StopReason.deadline})
@@ -41,6 +44,9 @@ class StepKind(StrEnum):
     call = "call"
     answer = "answer"
     malformed = "malformed"
+    unread = "unread"
+    """Nobody has read it: a part of a turn, whose facts are those of the turn's last part, or a candidate that was not
+    chosen where the environment cannot read without acting."""
 
 
 @dataclass(kw_only=True, slots=True)

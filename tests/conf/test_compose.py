@@ -182,7 +182,7 @@ def test_wrong_type_in_a_file_names_the_file(tmp_path: Path):
         ("run.resume=maybe", "true or false."),
         ("learner.betas=[0.9,x]", "a list of numbers, e.g. [0.9,0.95]."),
         ("learner.betas=0.9", "a list of numbers, e.g. [0.9,0.95]."),
-        ("rollout.expander=beam", 'one of chains, random_expand, beam_forks. Did you mean "beam_forks"?'),
+        ("rollout.survivors=score", 'one of uniform, scored. Did you mean "scored"?'),
         ("run=3", f"settings by name ({', '.join(field_kinds(RunConfig))})."),
         ("rewards.sources=3", "settings by name."),
         ("run.name=null", 'a text. There is no null; an empty text is "".'),

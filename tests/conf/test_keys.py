@@ -14,7 +14,7 @@ KEYS = {key.name: key for key in all_keys()}
 def test_a_key_carries_type_default_and_the_docstring_that_follows_it():
     key = KEYS["rollout.num_leaves"]
     assert (key.kind, key.default) == (int, str(schema.RolloutConfig().num_leaves))
-    assert key.doc == "Trajectories of one prompt: n of chains and beam_forks."
+    assert key.doc == "Trajectories of one prompt: n of chains, beam_forks and beam; as many end best_first's search."
 
 
 def test_keys_without_a_docstring_have_none():
@@ -51,7 +51,12 @@ def test_kind_of_a_dotted_key(key: str, kind: Any):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(int, "int"), (list[float], "list[float]"), (Any, "any"), (ExpanderKind, "chains|random_expand|beam_forks")],
+    [
+        (int, "int"),
+        (list[float], "list[float]"),
+        (Any, "any"),
+        (ExpanderKind, "|".join(kind.value for kind in ExpanderKind)),
+    ],
 )
 def test_types_are_named_as_one_writes_them(kind: Any, name: str):
     assert type_name(kind) == name

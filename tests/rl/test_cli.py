@@ -168,15 +168,15 @@ def test_check_runs_the_rules(capsys: pytest.CaptureFixture[str]):
 def test_keys_show_type_default_and_meaning(capsys: pytest.CaptureFixture[str]):
     assert main(["config", "--keys", "num_leaves"]) == 0
     assert capsys.readouterr().out == (
-        "rollout.num_leaves: int = 8\n    Trajectories of one prompt: n of chains and beam_forks.\n"
+        "rollout.num_leaves: int = 8\n    Trajectories of one prompt: n of chains, beam_forks and beam; as many end best_first's search.\n"
     )
 
 
 def test_keys_begin_with_the_groups(capsys: pytest.CaptureFixture[str]):
     assert main(["config", "--keys"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "rollout=chains|tree|tree_grpo" in lines[:12]
-    assert "rollout.expander: chains|random_expand|beam_forks = beam_forks" in lines
+    assert any(line.startswith("rollout=best_first|chains|") for line in lines[:12])
+    assert any(line.startswith("rollout.expander: chains|random_expand|beam_forks|") for line in lines)
 
 
 def test_keys_of_an_unknown_word(capsys: pytest.CaptureFixture[str]):

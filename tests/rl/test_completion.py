@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conf.schema import ExpanderKind
 from rl import completion
 from rl.cli import _parser, main
 from rl.completion import candidates
@@ -19,11 +20,11 @@ from rl.completion import candidates
         (["tr"], ["train"]),
         (["completion", ""], ["bash", "zsh"]),
         (["config", "--k"], ["--keys"]),
-        (["train", "rollout.max_t"], ["rollout.max_turn_tokens="]),
+        (["train", "rollout.max_t"], ["rollout.max_tree_tokens=", "rollout.max_turn_tokens="]),
         (["train", "seed=1", "rollout.exp"], ["rollout.expander=", "rollout.expand_nodes=", "rollout.expand_rounds="]),
         (
             ["train", "rollout.expander="],
-            [f"rollout.expander={it}" for it in ("chains", "random_expand", "beam_forks")],
+            [f"rollout.expander={it.value}" for it in ExpanderKind],
         ),
         (["train", "run.resume="], ["run.resume=true", "run.resume=false"]),
         (["train", "rollout=ch"], ["rollout=chains"]),
@@ -77,8 +78,8 @@ def test_a_bare_model_is_evaluated_on_any_task(tmp_path: Path):
 
 
 def test_hidden_command_prints_one_a_line(capsys: pytest.CaptureFixture[str]):
-    assert main(["__complete", "train", "rollout=tree"]) == 0
-    assert capsys.readouterr().out == "rollout=tree\nrollout=tree_grpo\n"
+    assert main(["__complete", "train", "rollout=tree_r"]) == 0
+    assert capsys.readouterr().out == "rollout=tree_rl\nrollout=tree_rpo\n"
 
 
 def test_completion_loads_neither_torch_nor_hydra():
@@ -110,15 +111,15 @@ def offered(shell: str, script: str, tmp_path: Path) -> str:
 
 def test_bash_replies_with_what_follows_the_equals_sign(tmp_path: Path):
     script = """source $HERE/completion
-    COMP_LINE="grove train seed=1 rollout=t"; COMP_POINT=${#COMP_LINE}; _grove
+    COMP_LINE="grove train seed=1 rollout=tree_r"; COMP_POINT=${#COMP_LINE}; _grove
     echo "${COMPREPLY[@]}" """
-    assert offered("bash", script, tmp_path) == "tree tree_grpo"
+    assert offered("bash", script, tmp_path) == "tree_rl tree_rpo"
 
 
 def test_zsh_offers_whole_words_and_no_space_after_an_unfinished_one(tmp_path: Path):
     script = """compdef() { : }
     compadd() { local -a all; all=(${(P)@[-1]}); (( ${#all} )) && print -- "$1 $all"; return 0 }
     source $HERE/completion
-    words=(grove train rollout=t); CURRENT=3; _grove
-    words=(grove train rollout.max_t); CURRENT=3; _grove"""
-    assert offered("zsh", script, tmp_path) == "-a rollout=tree rollout=tree_grpo\n-S rollout.max_turn_tokens="
+    words=(grove train rollout=tree_r); CURRENT=3; _grove
+    words=(grove train rollout.max_tu); CURRENT=3; _grove"""
+    assert offered("zsh", script, tmp_path) == "-a rollout=tree_rl rollout=tree_rpo\n-S rollout.max_turn_tokens="

@@ -1,0 +1,1 @@
+"""Expanders: each a pure policy over the tree so far."""
