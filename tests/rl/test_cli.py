@@ -168,7 +168,8 @@ def test_check_runs_the_rules(capsys: pytest.CaptureFixture[str]):
 def test_keys_show_type_default_and_meaning(capsys: pytest.CaptureFixture[str]):
     assert main(["config", "--keys", "num_leaves"]) == 0
     assert capsys.readouterr().out == (
-        "rollout.num_leaves: int = 8\n    Trajectories of one prompt: n of chains, beam_forks and beam; as many end best_first's search.\n"
+        "rollout.num_leaves: int = 8\n    Trajectories of one prompt: n of chains, beam_forks and beam; as many end "
+        "best_first's search.\n"
     )
 
 
