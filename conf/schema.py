@@ -20,6 +20,25 @@ class ExpanderKind(Enum):
     chains = "chains"
     random_expand = "random_expand"
     beam_forks = "beam_forks"
+    beam = "beam"
+    """The best num_leaves of num_leaves x max_forks candidates go on, by the judge."""
+    entropy_expand = "entropy_expand"
+    """Branches inside turns, at the most surprising tokens."""
+    segments = "segments"
+    """Branches every so many tokens."""
+    comb = "comb"
+    """Candidates of each step, judged before one of them acts."""
+    best_first = "best_first"
+    mcts = "mcts"
+
+
+class Survivors(Enum):
+    """Who goes on where more candidates are than places."""
+
+    uniform = "uniform"
+    """Drawn before they are generated."""
+    scored = "scored"
+    """All candidates are generated, and the judge's best go on."""
 
 
 class ToolFormat(Enum):
@@ -604,19 +623,50 @@ class RolloutConfig:
     prompts_per_step: int = 16
     expander: ExpanderKind = ExpanderKind.beam_forks
     num_leaves: int = 8
-    """Trajectories of one prompt: n of chains and beam_forks."""
+    """Trajectories of one prompt: n of chains, beam_forks and beam; as many end best_first's search."""
     max_forks: int = 2
-    """beam_forks: most continuations of one step (PORTool's f)."""
+    """beam_forks: most continuations of one step (PORTool's f). beam, best_first, mcts: candidates of one step."""
+    survivors: Survivors = Survivors.uniform
+    """beam_forks: who goes on; scored needs a judge."""
     num_trees: int = 2
-    """random_expand: independent chains that start a prompt (Tree-GRPO's M)."""
+    """random_expand, entropy_expand: independent chains that start a prompt (Tree-GRPO's and TreeRL's M)."""
     expand_nodes: int = 2
-    """random_expand: steps re-expanded per tree and round (N)."""
+    """random_expand: steps re-expanded per tree and round; entropy_expand: tokens (N)."""
     expand_rounds: int = 1
-    """random_expand: rounds (L)."""
+    """random_expand, entropy_expand: rounds (L)."""
     keep_leaves: int = 3
-    """random_expand: trajectories kept per tree (k); 0 keeps all."""
+    """random_expand, entropy_expand: trajectories kept per tree (k); 0 keeps all."""
+    token_forks: int = 2
+    """entropy_expand: new branches at each chosen token (TreeRL's T)."""
+    answer_markers: list[str] = field(default_factory=list)
+    """entropy_expand: what follows one of these texts in a turn is never chosen, e.g. [answer, conclusion]."""
+    segment_branches: list[int] = field(default_factory=lambda: [2, 2])
+    """segments: branches at each depth, the prompt's first; the last of them run to the end."""
+    segment_tokens: int = 4
+    """segments: tokens between two forks; a turn that ends earlier ends its segment."""
+    segment_leaves: int = 0
+    """segments: trajectories to come to and not to pass, forking at random steps in the end where branches ended early
+    (TreePO); 0 for as many as the branches give."""
+    segment_first_max: int = 0
+    """segments: the prompt has between segment_branches[0] and so many branches, drawn anew for each tree; 0 for
+    exactly segment_branches[0]."""
+    num_candidates: int = 5
+    """comb: candidates of each step (SLATE's k)."""
+    choice_temperature: float = 0.7
+    """comb: one candidate is drawn from softmax(z-score / this) (eta); 0 takes the best."""
+    search_simulations: int = 40
+    """mcts: walks from the prompt down to a step that nobody has continued."""
+    search_c: float = 1.25
+    """mcts: weight of what was seldom tried in PUCT."""
+    max_nodes: int = 0
+    """best_first, mcts: most steps of a tree; 0 for no limit."""
+    max_tree_tokens: int = 0
+    """best_first, mcts: most sampled tokens of a tree; 0 for no limit."""
+    judge: str = ""
+    """Step source under rewards.sources that scores candidates while a tree grows: for comb, beam, best_first, mcts and
+    survivors=scored; "" to choose uniformly, which only comb can."""
     max_steps: int = 8
-    """Depth limit of a tree, in steps."""
+    """Depth limit of a tree, in steps (whole turns)."""
     max_turn_tokens: int = 8
     """Tokens of one step."""
     max_context_tokens: int = 512
