@@ -77,12 +77,13 @@ class RolloutWorker:
 
         from rollout.chat import build_environment
 
-        self._environment = build_environment(self._cfg, AutoTokenizer.from_pretrained(self._model_path))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(self._model_path)
+        self._environment = build_environment(self._cfg, self._tokenizer)
         self._engine = build_engine(self._cfg, self._model_path)
 
     async def grow(self, prompt: Prompt, rollout: RolloutConfig, seed: int) -> Tree:
         """Grow the tree of one prompt."""
-        expander = build_expander(rollout, derive_seed(seed, "expander"))
+        expander = build_expander(rollout, derive_seed(seed, "expander"), self._tokenizer.decode)
         return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed)
 
     async def complete(self, prompt: Prompt, steps: list[Node], num: int, rollout: RolloutConfig, seed: int) -> Tree:
