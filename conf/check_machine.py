@@ -18,7 +18,7 @@ from conf.problem import Problem
 from conf.schema import Config, DataConfig, EngineKind, TrackerMode
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-GENERATORS = ("hop_search",)
+GENERATORS = ("hop_search", "textworld", "reasoning_gym", "verifiers")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DATA_NAME = re.compile(HUB_NAME.pattern + r"(:[\w.-]+)?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from conf import check_credit, check_learner, check_machine, check_rewards, check_select
+from conf import check_credit, check_learner, check_machine, check_rewards, check_select, check_world
 from conf.compose import numbered
 from conf.errors import ConfigError
 from conf.problem import Problem, value_of
@@ -44,6 +44,13 @@ AT_LEAST_ONE = (
     "task.hop_search.num_tools",
     "task.hop_search.num_relations",
     "task.hop_search.num_worlds",
+    "task.world.max_sessions",
+    "task.textworld.num_games",
+    "task.textworld.num_rooms",
+    "task.textworld.num_objects",
+    "task.textworld.num_quests",
+    "task.textworld.quest_length",
+    "task.reasoning_gym.num_tries",
     "model.warm_start.batch_size",
     "model.warm_start.num_demonstrations",
     "model.warm_start.num_threads",
@@ -94,6 +101,7 @@ NOT_NEGATIVE = (
     "task.train.max_rows",
     "task.eval.max_rows",
     "task.hop_search.spare_calls",
+    "task.world.num_processes",
     "loss.clip_low",
     "loss.clip_high",
     "loss.dual_clip",
@@ -164,7 +172,7 @@ def rules() -> list[Rule]:
         tiny_heads_fit,
         term_numbers,
     ]
-    modules = (check_machine, check_learner, check_rewards, check_credit, check_select)
+    modules = (check_machine, check_learner, check_rewards, check_credit, check_select, check_world)
     return [*own, *(rule for module in modules for rule in module.rules())]
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conf.errors import ConfigError, DataError
 from conf.schema import Config, DataConfig, HopSearchConfig, TaskConfig
 from rollout.chat import call_budget, require_chat_template
-from rollout.envs.hop_search import TOOLS, HopSearchRows
+from rollout.envs.hop_search import TOOLS
 from rollout.seeds import derive_seed
 from rollout.toolbox import task_tools
 from rollout.tools import Tool
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 FILE_KINDS = (".jsonl", ".json", ".parquet")
 CHECK_CHUNK = 1000
 """Prompts encoded at a time when a file is checked."""
+
+
+GENERATED_ROWS = {
+    "hop_search": "rollout.envs.hop_search:HopSearchRows",
+    "textworld": "rollout.envs.textworld:TextWorldRows",
+    "reasoning_gym": "rollout.envs.reasoning_gym:ReasoningGymRows",
+    "verifiers": "rollout.envs.verifiers:VerifiersRows",
+}
+"""Rows of each `task.generator`, made of its record in TaskConfig, the run's seed, and "train" or "eval"."""
 
 
 class Rows(Protocol):
@@ -394,13 +404,17 @@ def _checked_rows(data: DataConfig, key: str, encoder: PromptEncoder) -> StoredR
 
 
 def _generated_rows(task: TaskConfig, seed: int) -> tuple[Rows, Rows]:
-    if task.generator != "hop_search":
+    if task.generator not in GENERATED_ROWS:
         raise ConfigError(
-            f'task.generator="{task.generator}" is no task that makes its own questions; there is "hop_search". Use '
-            "it, or leave task.generator empty and give task.train.path."
+            f'task.generator="{task.generator}" is no task that makes its own questions; there are '
+            f"{', '.join(GENERATED_ROWS)}. Use one, or leave task.generator empty and give task.train.path."
         )
-    _check_hop_tools(task.hop_search, task.tools)
-    return HopSearchRows(task.hop_search, seed, "train"), HopSearchRows(task.hop_search, seed, "eval")
+    if task.generator == "hop_search":
+        _check_hop_tools(task.hop_search, task.tools)
+    module, _, name = GENERATED_ROWS[task.generator].partition(":")
+    rows = getattr(import_module(module), name)
+    config = getattr(task, task.generator)
+    return rows(config, seed, "train"), rows(config, seed, "eval")
 
 
 def _check_hop_tools(config: HopSearchConfig, tools: list[str]) -> None:
