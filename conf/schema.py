@@ -61,6 +61,17 @@ class ToolSandbox(Enum):
     """In processes of their own, killed when they hang or take too much, without secrets of the environment."""
 
 
+class Isolation(Enum):
+    """How much of the machine a program that the policy wrote may see."""
+
+    required = "required"
+    """Namespaces of its own, or it is not run."""
+    preferred = "preferred"
+    """Namespaces where the kernel lets us have them, else limits alone."""
+    off = "off"
+    """Limits alone: it can read our files and use the network."""
+
+
 class OnMalformed(Enum):
     """What follows a turn that is neither a call nor an answer."""
 
@@ -573,6 +584,60 @@ class VerifiersConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PythonToolConfig:
+    """The tool rollout.envs.python_tool:python, which runs programs of the policy in a jail."""
+
+    isolation: Isolation = Isolation.required
+    cpu_s: float = 5.0
+    """Processor time of a program; the policy is told when it is used up."""
+    wall_s: float = 8.0
+    """Longest run of a program, below task.tool_timeout_s."""
+    memory_mib: int = 512
+    """Memory of a program with all that it starts."""
+    disk_mib: int = 16
+    """Files of a program."""
+    max_output_chars: int = 4000
+    """Characters shown of what it printed; the middle of more is left out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusConfig:
+    """Passages that the tool rollout.envs.retrieval:search finds by their words (BM25)."""
+
+    path: str = ""
+    """A .jsonl file with one passage in each line."""
+    text_column: str = "text"
+    title_column: str = "title"
+    """Shown and searched with the text; "" when there is none."""
+    top_k: int = 3
+    """Passages shown for a query."""
+    max_passage_chars: int = 1000
+    """Characters shown of one passage."""
+    k1: float = 1.5
+    """BM25: how soon further occurrences of a word count no more."""
+    b: float = 0.75
+    """BM25: how much long passages are held back, 0 to 1."""
+    cache_dir: str = "runs/corpora"
+    """Where the index is kept, one folder for each corpus and setting; workers of a machine share its memory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class McpServerConfig:
+    """A server of the Model Context Protocol, whose tools the policy may call."""
+
+    command: list[str] = field(default_factory=list)
+    """Program and arguments; each rollout worker starts one of its own."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the program; of ours it sees HOME, PATH and the like alone."""
+    url: str = ""
+    """Address of a server that runs already, instead of a command."""
+    tools: list[str] = field(default_factory=list)
+    """Names of the tools to offer; [] offers all."""
+    start_timeout_s: float = 60.0
+    """Longest wait for it to start and to list its tools."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TaskConfig:
     """What the policy is asked and what it may use."""
 
@@ -609,6 +674,10 @@ class TaskConfig:
     """process: memory each may allocate; 0 for no limit."""
     tool_pass_env: list[str] = field(default_factory=list)
     """process: environment variables that tools see although their names look like secrets."""
+    python: PythonToolConfig = field(default_factory=PythonToolConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    mcp_servers: dict[str, McpServerConfig] = field(default_factory=dict)
+    """Servers whose tools are added to task.tools, by a name of yours; needs the package mcp."""
     max_tool_crashes_share: float = 0.05
     """Share of tool calls in a step's batch that may crash or hang before the run stops."""
 
