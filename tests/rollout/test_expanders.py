@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -355,9 +355,11 @@ def test_nothing_behind_an_answer_marker_is_chosen():
 
 
 def test_the_end_of_a_marker_is_its_last_token():
-    decode = "".join
-    assert marked_end([*"say answer: 7"], ["answer", "conclusion"], lambda ids: decode(map(str, ids))) == 10
-    assert marked_end([*"say"], ["answer"], lambda ids: decode(map(str, ids))) == 3
+    def decode(token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+    assert marked_end([*map(ord, "say answer: 7")], ["answer", "conclusion"], decode) == 10
+    assert marked_end([*map(ord, "say")], ["answer"], decode) == 3
 
 
 # Search
