@@ -5,7 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from conf import check_credit, check_learner, check_machine, check_rewards, check_select, check_world
+from conf import (
+    check_credit,
+    check_expanders,
+    check_learner,
+    check_machine,
+    check_rewards,
+    check_select,
+    check_world,
+)
 from conf.compose import numbered
 from conf.errors import ConfigError
 from conf.problem import Problem, value_of
@@ -172,7 +180,15 @@ def rules() -> list[Rule]:
         tiny_heads_fit,
         term_numbers,
     ]
-    modules = (check_machine, check_learner, check_rewards, check_credit, check_select, check_world)
+    modules = (
+        check_machine,
+        check_expanders,
+        check_learner,
+        check_rewards,
+        check_credit,
+        check_select,
+        check_world,
+    )
     return [*own, *(rule for module in modules for rule in module.rules())]
 
 
