@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 
+from conf.check_expanders import OF_NUM_LEAVES, SEVERAL_TREES
 from conf.check_rewards import fed_signals, level_of, outcome_source, signals_of, trained_sources
 from conf.errors import ConfigError
 from conf.keys import did_you_mean
@@ -425,7 +426,7 @@ def signals_are_used(cfg: Config) -> list[Problem]:
 
 
 def scopes_fit_the_tree(cfg: Config) -> list[Problem]:
-    """Chains fork only at the prompt, and only random_expand grows several trees."""
+    """Chains fork only at the prompt, and only random_expand and entropy_expand grow several trees."""
     expander, found = cfg.rollout.expander, []
     for name, term in cfg.credit.terms.items():
         key = f"credit.terms.{name}.scope={term.scope.name}"
@@ -435,7 +436,7 @@ def scopes_fit_the_tree(cfg: Config) -> list[Problem]:
                 f"and no others. Use rollout=tree, or a term with scope=prompt."
             )
             found.append(Problem(text, fatal=False))
-        if term.scope is Scope.tree and expander is not ExpanderKind.random_expand:
+        if term.scope is Scope.tree and expander not in SEVERAL_TREES:
             alone = (
                 "every chain is a tree of its own, so each value is alone"
                 if expander is ExpanderKind.chains
@@ -449,7 +450,7 @@ def scopes_fit_the_tree(cfg: Config) -> list[Problem]:
 def something_is_compared(cfg: Config) -> list[Problem]:
     """One trajectory per prompt leaves nothing to compare it with."""
     rollout = cfg.rollout
-    single = rollout.expander is not ExpanderKind.random_expand and rollout.num_leaves == 1
+    single = rollout.expander in OF_NUM_LEAVES and rollout.num_leaves == 1
     terms = [term for term in cfg.credit.terms.values() if term.weight != 0]
     alone = (Normalizer.none, Normalizer.max_return)
     compared = all(term.normalizer not in alone and term.singleton is not Degenerate.raw for term in terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from conf.check_rewards import level_of
@@ -24,8 +25,10 @@ NOT_NEGATIVE = (
     "rollout.max_tree_tokens",
 )
 SEARCHES = (ExpanderKind.best_first, ExpanderKind.mcts)
-IN_TURNS = (ExpanderKind.entropy_expand, ExpanderKind.segments)
-"""Expanders that cut turns into parts."""
+OF_NUM_LEAVES = (ExpanderKind.chains, ExpanderKind.beam_forks, ExpanderKind.beam)
+"""Expanders that grow num_leaves trajectories."""
+SEVERAL_TREES = (ExpanderKind.random_expand, ExpanderKind.entropy_expand)
+"""Expanders that begin a prompt with several trees (`Node.branch`)."""
 
 
 def rules() -> list[Callable[[Config], list[Problem]]]:
@@ -39,6 +42,25 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         comb_is_credited_by_step,
         budgets_have_room,
     ]
+
+
+def most_trajectories(rollout: RolloutConfig) -> int | None:
+    """Trajectories with an outcome that a prompt has at most; None where only the search knows."""
+    per_tree = 1 + rollout.expand_rounds * rollout.expand_nodes
+    match rollout.expander:
+        case ExpanderKind.chains | ExpanderKind.beam_forks | ExpanderKind.beam:
+            return rollout.num_leaves
+        case ExpanderKind.random_expand:
+            return rollout.num_trees * (rollout.keep_leaves or per_tree)
+        case ExpanderKind.entropy_expand:
+            per_tree = 1 + rollout.expand_rounds * rollout.expand_nodes * rollout.token_forks
+            return rollout.num_trees * (rollout.keep_leaves or per_tree)
+        case ExpanderKind.segments:
+            return rollout.segment_leaves or math.prod(rollout.segment_branches)
+        case ExpanderKind.comb:
+            return 1
+        case _:
+            return None
 
 
 def numbers_of_expanders(cfg: Config) -> list[Problem]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from conf.check_expanders import OF_NUM_LEAVES, most_trajectories
 from conf.check_rewards import level_of
 from conf.keys import did_you_mean
 from conf.problem import Problem
-from conf.schema import Config, ExpanderKind, Keep, Level
+from conf.schema import Config, Keep, Level
 
 PROF = (Keep.prof, Keep.prof_correct, Keep.prof_ratio)
 """Choices that read the scores of steps."""
@@ -40,12 +41,14 @@ def something_is_kept(cfg: Config) -> list[Problem]:
         return [
             Problem(f"select.num_kept={select.num_kept} would leave every trajectory out. Use e.g. select.num_kept=4.")
         ]
-    if rollout.expander is ExpanderKind.random_expand or select.num_kept < rollout.num_leaves:
+    most = most_trajectories(rollout)
+    if most is None or select.num_kept < most:
         return []
+    has = f"rollout.num_leaves={most}" if rollout.expander in OF_NUM_LEAVES else f"{most} ({rollout.expander.value})"
     return [
         Problem(
             f"select.keep={select.keep.value} changes nothing: select.num_kept={select.num_kept} trajectories of a "
-            f"prompt may train, and it has rollout.num_leaves={rollout.num_leaves}. Use a smaller select.num_kept, or "
+            f"prompt may train, and it has {has}. Use a smaller select.num_kept, or "
             f"select=none.",
             fatal=False,
         )

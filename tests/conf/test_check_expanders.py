@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conf.check_expanders import rules
+from conf.check_expanders import most_trajectories, rules
 from conf.compose import compose
 from conf.schema import Config
 
@@ -76,3 +76,20 @@ def test_shipped_groups_are_in_order(overrides: list[str]):
 def test_what_cannot_work_is_told(overrides: list[str], fatal: bool, text: str):
     is_fatal, said = only(*overrides)
     assert text in said and is_fatal is fatal
+
+
+@pytest.mark.parametrize(
+    ("group", "num"),
+    [
+        ("chains", 8),
+        ("tree_grpo", 6),
+        ("tree_rl", 30),
+        ("spo_tree", 216),
+        ("tree_po", 16),
+        ("slate", 1),
+        ("prm_beam", 4),
+        ("mcts", None),
+    ],
+)
+def test_trajectories_of_a_prompt(group: str, num: int | None):
+    assert most_trajectories(compose(["experiment=hop_search", f"rollout={group}"]).rollout) == num
