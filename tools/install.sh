@@ -64,8 +64,9 @@ install_packages() {
         # shellcheck disable=SC2086  # TORCH_ARGS is a list of options
         pip_install --no-compile -r requirements/torch.txt ${TORCH_ARGS:-}
     fi
-    say "installing the test tools and grove"
+    say "installing the test tools, environments and grove"
     pip_install --no-compile --no-deps -r requirements/dev.txt
+    pip_install --no-compile --no-deps --no-build-isolation -r requirements/envs.txt
     pip_install --no-deps --no-build-isolation --editable .
 }
 
@@ -74,7 +75,7 @@ install_packages() {
 compile_bytecode() {
     local skip='/tests?/|/transformers/models/(?!auto|llama|qwen)|/ray/(data|rllib|serve|train|tune)/'
     say "compiling bytecode"
-    "$venv/bin/python" -m compileall -qq -j 0 -x "$skip" "$venv/lib" >/dev/null || true
+    "$venv/bin/python" -W ignore -m compileall -qq -j 0 -x "$skip" "$venv/lib" >/dev/null || true
 }
 
 check() {
