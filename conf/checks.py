@@ -12,6 +12,7 @@ from conf import (
     check_machine,
     check_rewards,
     check_select,
+    check_task,
     check_world,
 )
 from conf.compose import numbered
@@ -187,6 +188,7 @@ def rules() -> list[Rule]:
         check_rewards,
         check_credit,
         check_select,
+        check_task,
         check_world,
     )
     return [*own, *(rule for module in modules for rule in module.rules())]

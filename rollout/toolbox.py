@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conf.errors import ConfigError
 from conf.schema import TaskConfig, ToolSandbox
 from rollout.apart import Apart, Bounds
+from rollout.mcp_tools import server_tools
 from rollout.tools import Tool, load_tools, run_apart
 
 SHIPPED = "rollout.envs."
@@ -25,7 +27,13 @@ def task_tools(task: TaskConfig) -> dict[str, Tool]:
     tools = load_tools(task.tools, task)
     if task.tool_sandbox is ToolSandbox.process:
         tools = _in_processes(tools, task)
-    return tools
+    offered = server_tools(task.mcp_servers) if task.mcp_servers else {}
+    for name in tools.keys() & offered.keys():
+        raise ConfigError(
+            f"a tool called {name} is named by task.tools and offered by an MCP server, and the policy calls tools by "
+            "name. Rename the function, or choose the server's tools with task.mcp_servers.NAME.tools."
+        )
+    return tools | offered
 
 
 def _in_processes(tools: dict[str, Tool], task: TaskConfig) -> dict[str, Tool]:

