@@ -388,3 +388,35 @@ def test_mcts_grows_its_width_in_each_walk_that_ends_at_an_open_step():
     cfg = replace(BASE, expander=ExpanderKind.mcts, search_simulations=5, max_nodes=0, max_steps=20)
     tree = grow(cfg, WordEngine(always_goes_on))
     assert len(tree.nodes) == 5 * 3
+
+
+# Time that is up
+
+
+def test_candidates_that_nobody_had_time_to_choose_from_train_all_the_same():
+    cfg = replace(BASE, expander=ExpanderKind.comb, tree_timeout_s=0.2)
+    tree = grow(cfg, judge=TokenJudge(delay_s=2.0))
+    assert {node.stop for node in tree.nodes} == {StopReason.not_chosen}
+    assert tree.trained_leaves() == [0, 1, 2, 3, 4] and tree.outcome_leaves() == []
+
+
+def test_a_chosen_candidate_whose_tool_takes_too_long_trains_nothing():
+    @dataclass
+    class Slow(TurnEnvironment):
+        async def act(self, state: Any, action_ids: list[int], *, stopped: bool) -> Turn:
+            await asyncio.sleep(2.0)
+            return await self.read(state, action_ids, stopped=stopped)
+
+    tree = grow(replace(BASE, expander=ExpanderKind.comb, tree_timeout_s=0.2), environment=Slow())
+    stops = [node.stop for node in tree.nodes]
+    assert stops.count(StopReason.deadline) == 1 and stops.count(StopReason.not_chosen) == 4
+    assert len(tree.trained_leaves()) == 4
+
+
+def test_a_part_that_nobody_finished_in_time_trains_nothing():
+    cfg = replace(BASE, expander=ExpanderKind.segments, segment_tokens=3, tree_timeout_s=0.3)
+    engine = WordEngine(one_turn_of(9))
+    engine.delay_s = lambda rng: 0.2
+    tree = grow(cfg, engine)
+    assert [node.stop for node in tree.nodes] == [StopReason.deadline] * 2
+    assert tree.trained_leaves() == [] and not any(node.is_part for node in tree.nodes)
