@@ -26,7 +26,6 @@ Rule = Callable[[Config], list[Problem]]
 
 AT_LEAST_ONE = (
     "run.num_steps",
-    "run.eval_prompts",
     "run.keep_checkpoints",
     "rollout.num_workers",
     "rollout.prompts_per_step",
@@ -97,6 +96,7 @@ NOT_NEGATIVE = (
     "seed",
     "run.max_generated_tokens",
     "run.eval_every_steps",
+    "run.eval_prompts",
     "run.eval_temperature",
     "run.checkpoint_every_steps",
     "run.record_every_steps",

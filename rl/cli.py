@@ -87,7 +87,7 @@ reward models, preferences, or a closer look. Stopped half-way, the same command
 
 ROLLOUT_EXAMPLES = """\
 examples:
-  grove rollout data/hops experiment=hop_search --prompts 200 --export steps pairs --format parquet
+  grove rollout data/hops experiment=hop_search --prompts 200 --export steps --export pairs --format parquet
   grove rollout data/gsm8k experiment=gsm8k model.path=models/mine task.train.path=train.jsonl --prompts 1000 \\
       --export trajectories
   grove check-reward my_rewards.py:brevity --trees data/hops
@@ -221,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--prompts", type=_count, required=True, metavar="N", help="prompts to grow a tree of")
     rollout.add_argument("--held-out", action="store_true", help="prompts of the held-out data")
     rollout.add_argument(
-        "--export", nargs="+", default=[], choices=completion.EXPORTS, help="write the trees as this too"
+        "--export",
+        action="append",
+        default=[],
+        choices=completion.EXPORTS,
+        help="write the trees as this too; repeatable",
     )
     rollout.add_argument("--format", default="jsonl", choices=completion.FORMATS, help="of exports (default: jsonl)")
     _add_settings(rollout)
