@@ -45,7 +45,7 @@ class ToolTemplate:
     The sampled turn is never encoded again: a conversation with a stand-in turn is rendered, and what follows the
     stand-in is encoded. Tokens that close a turn and were sampled already (usually the stop token) are not repeated;
     those that were not sampled are part of the observation. So a path only ever grows at its end, also where the
-    template would render earlier turns anew in another way (`rewrites_turns`).
+    template would render earlier turns anew in another way.
     """
 
     def __init__(
@@ -89,20 +89,6 @@ class ToolTemplate:
         """Tokens between `action_ids` and the next turn's first token, one tool message per result."""
         tail_ids = self._tail_ids(tuple(self._harmless(result) for result in results))
         return tail_ids[self._num_sampled(tail_ids, action_ids) :]
-
-    def rewrites_turns(self) -> bool:
-        """Whether the template renders a turn otherwise once the conversation has gone on, as Qwen3 drops thoughts."""
-        messages = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": f"<think>\n?\n</think>\n\n{MARK}"},
-        ]
-        later = [
-            {"role": "tool", "content": "?"},
-            {"role": "assistant", "content": MARK},
-            {"role": "user", "content": "?"},
-        ]
-        now, then = (self._render(each, add_generation_prompt=False) for each in (messages, messages + later))
-        return not then.startswith(now.partition(MARK)[0])
 
     def _harmless(self, result: str) -> str:
         """A result that cannot end its own message: the policy could write, or find, the markers of a turn in it."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from chatml import encode
 from templates import LLAMA, QWEN2, QWEN3, byte_tokenizer
 
 from conf.schema import OnMalformed, TaskConfig, ToolFormat
-from rollout.chat import ToolEnvironment, ToolTemplate
+from rollout.chat import ToolEnvironment
 from rollout.environment import Turn
 from rollout.tools import make_tool
 from rollout.turns import Call, parse_llama
@@ -68,9 +71,13 @@ def rendered(env: ToolEnvironment, messages: list[dict[str, str]], *, asks: bool
 
 @pytest.mark.parametrize("template", [QWEN2, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
 def test_after_every_turn_the_rendered_conversation_is_the_tokens_so_far(template: str):
-    env = environment(template)
-    end = env.tokenizer.eos_token
     thought = "<think>\nhm\n</think>\n\n" if template == QWEN3 else ""
+    grows_as_rendered(environment(template), template, thought)
+
+
+def grows_as_rendered(env: ToolEnvironment, template: str, thought: str) -> None:
+    """Two turns of calls, one and then two, held against the rendered conversation behind each."""
+    end = env.tokenizer.eos_token
     said = [thought + calls(template, {"city": "Rome"}), calls(template, {"city": "Oslo"}, {"city": "Bonn", "day": 2})]
     results = [["sunny in Rome on day 0"], ["sunny in Oslo on day 0", "sunny in Bonn on day 2"]]
     messages = [{"role": "user", "content": "How is the weather?"}]
@@ -94,12 +101,36 @@ def test_a_turn_as_no_template_would_write_it_stays_as_it_was_sampled(template: 
     assert turn.observation_ids == usual.observation_ids  # what is appended does not hang on how the turn was written
 
 
-def test_which_templates_rewrite_turns_is_known():
-    rewrites = {name: ToolTemplate(byte_tokenizer(each), DATED).rewrites_turns() for name, each in NAMED.items()}
-    assert rewrites == {"qwen2": False, "qwen3": True, "llama": False}
+def test_a_template_that_would_drop_earlier_thoughts_changes_nothing_of_the_path():
+    env = environment(QWEN3)
+    said = f"<think>\nhm\n</think>\n\n{calls(QWEN3, {'city': 'Rome'})}"
+    (turn,) = play(env, said + "<|im_end|>")
+    asked = [{"role": "user", "content": "How is the weather?"}]
+    path = rendered(env, asked, asks=True) + encode(env.tokenizer, said + "<|im_end|>") + turn.observation_ids
+    told = [*asked, {"role": "assistant", "content": said}, {"role": "tool", "content": "sunny in Rome on day 0"}]
+    assert path == rendered(env, told, asks=True)
+    later = rendered(env, [*told, {"role": "assistant", "content": "Sunny."}, *asked], asks=True)
+    assert (
+        path[: len(path) // 2] != later[: len(path) // 2]
+    )  # the template drops the thought once another question comes
+    assert "hm" not in env.tokenizer.decode(later)  # the thought is dropped once another question comes
 
 
-NAMED = {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA}
+PUBLISHED = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "llama3_2")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_render_what_was_grown(name: str):
+    found = find_spec("trl")
+    file = Path(found.origin or "").with_name("chat_templates") / f"{name}.jinja" if found else Path("nowhere")
+    if not file.is_file():
+        pytest.skip(f"this TRL ships no template {name}")
+    base = LLAMA if name.startswith("llama") else QWEN2
+    tokenizer = copy.deepcopy(byte_tokenizer(base))
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    tool_format = ToolFormat.llama if base == LLAMA else ToolFormat.hermes
+    env = ToolEnvironment(TaskConfig(tool_format=tool_format, template_arguments=DATED), tokenizer, TOOLS)
+    grows_as_rendered(env, base, thought="<think>\nhm\n</think>\n\n" if name == "qwen3" else "")
 
 
 def test_a_template_takes_the_tasks_arguments():
