@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
+from chatml import encode
+from templates import QWEN2, byte_tokenizer
 
+from conf.compose import compose
 from conf.errors import ConfigError
 from conf.schema import Isolation, PythonToolConfig, TaskConfig
 from rollout import jail
+from rollout.chat import build_environment
+from rollout.data import build_prompt_source
+from rollout.environment import Turn
 from rollout.envs import python_tool
 from rollout.envs.python_tool import NAME
 from rollout.toolbox import task_tools
 from rollout.tools import Tool, ToolOutcome, ToolReply
+from rollout.types import StopReason
 
 
 def tool(**settings: float) -> Tool:
@@ -116,3 +125,24 @@ def test_hostile_programs_are_refused_and_cost_nothing_else(what: str, monkeypat
     assert reply.text.startswith("the program ") and "hush" not in reply.text
     assert time.monotonic() - started < 20
     assert run("print(1)").text == "1"
+
+
+@pytest.mark.slow
+def test_the_shipped_task_answers_a_word_problem_with_a_program(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "Ann has 48 clips and 24 more. How many?", "answer": "48 + 24.\n#### 72"}))
+    cfg = compose(["experiment=python", f"task.train.path={path}", f"task.eval.path={path}"])
+    tokenizer = byte_tokenizer(QWEN2)
+    (prompt,) = build_prompt_source(cfg, tokenizer).draw(0, 1)
+    assert prompt.answer == "72" and "Run a Python program" in tokenizer.decode(prompt.token_ids)
+    env = build_environment(cfg, tokenizer)
+    call = '<tool_call>{"name": "python", "arguments": {"code": "x = 48\\nprint(x + 24)"}}</tool_call><|im_end|>'
+
+    async def play() -> list[Turn]:
+        first = await env.act(env.reset(prompt), encode(tokenizer, call), stopped=True)
+        return [first, await env.act(first.state, encode(tokenizer, "So\n#### 72<|im_end|>"), stopped=True)]
+
+    called, answered = asyncio.run(play())
+    assert (called.facts.result, called.facts.tool_ok) == ("72", True)
+    assert "<tool_response>\n72\n</tool_response>" in called.observation_text
+    assert (answered.stop, answered.facts.answer) == (StopReason.answered, "So\n#### 72")
