@@ -110,6 +110,7 @@ NOT_NEGATIVE = (
     "task.train.max_rows",
     "task.eval.max_rows",
     "task.hop_search.spare_calls",
+    "task.hop_search.tool_delay_s",
     "task.world.num_processes",
     "loss.clip_low",
     "loss.clip_high",

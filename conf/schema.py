@@ -523,6 +523,8 @@ class HopSearchConfig:
     """Training worlds; held-out questions use another world and names never seen in training."""
     spare_calls: int = 2
     """Tool calls allowed beyond the number of hops."""
+    tool_delay_s: float = 0.0
+    """Seconds that every call sleeps: a slow world, to measure what overlaps with it."""
 
 
 @dataclass(kw_only=True, slots=True)

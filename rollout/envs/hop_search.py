@@ -13,6 +13,7 @@ and fit in a short string: that string is all a tool needs to answer, in any pro
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,7 +97,8 @@ def _tool_of_relation(num_relations: int, num_tools: int) -> Mapping[str, str]:
     return {relation: TOOLS[place % num_tools] for place, relation in enumerate(deck)}
 
 
-def _ask(tool: str, relation: str, person: str, world: str) -> str:
+def _ask(tool: str, relation: str, person: str, world: str, tool_delay_s: float) -> str:
+    time.sleep(tool_delay_s)
     here = parse_world(world)
     if here.tool_of(relation) != tool:
         raise ToolError(f'the {tool} does not know about "{relation}"')
@@ -110,64 +112,64 @@ def _people_set(split: str) -> frozenset[str]:
     return frozenset(_people(split))
 
 
-def office(relation: str, person: str, *, world: str) -> str:
+def office(relation: str, person: str, *, world: str, tool_delay_s: float = 0.0) -> str:
     """Ask the office who stands in a relation to a person.
 
     Args:
         relation: One relation, such as boss or friend.
         person: First and last name of the person asked about.
     """
-    return _ask("office", relation, person, world)
+    return _ask("office", relation, person, world, tool_delay_s)
 
 
-def school(relation: str, person: str, *, world: str) -> str:
+def school(relation: str, person: str, *, world: str, tool_delay_s: float = 0.0) -> str:
     """Ask the school who stands in a relation to a person.
 
     Args:
         relation: One relation, such as boss or friend.
         person: First and last name of the person asked about.
     """
-    return _ask("school", relation, person, world)
+    return _ask("school", relation, person, world, tool_delay_s)
 
 
-def family(relation: str, person: str, *, world: str) -> str:
+def family(relation: str, person: str, *, world: str, tool_delay_s: float = 0.0) -> str:
     """Ask the family who stands in a relation to a person.
 
     Args:
         relation: One relation, such as boss or friend.
         person: First and last name of the person asked about.
     """
-    return _ask("family", relation, person, world)
+    return _ask("family", relation, person, world, tool_delay_s)
 
 
-def clinic(relation: str, person: str, *, world: str) -> str:
+def clinic(relation: str, person: str, *, world: str, tool_delay_s: float = 0.0) -> str:
     """Ask the clinic who stands in a relation to a person.
 
     Args:
         relation: One relation, such as boss or friend.
         person: First and last name of the person asked about.
     """
-    return _ask("clinic", relation, person, world)
+    return _ask("clinic", relation, person, world, tool_delay_s)
 
 
-def court(relation: str, person: str, *, world: str) -> str:
+def court(relation: str, person: str, *, world: str, tool_delay_s: float = 0.0) -> str:
     """Ask the court who stands in a relation to a person.
 
     Args:
         relation: One relation, such as boss or friend.
         person: First and last name of the person asked about.
     """
-    return _ask("court", relation, person, world)
+    return _ask("court", relation, person, world, tool_delay_s)
 
 
-def city(relation: str, person: str, *, world: str) -> str:
+def city(relation: str, person: str, *, world: str, tool_delay_s: float = 0.0) -> str:
     """Ask the city who stands in a relation to a person.
 
     Args:
         relation: One relation, such as boss or friend.
         person: First and last name of the person asked about.
     """
-    return _ask("city", relation, person, world)
+    return _ask("city", relation, person, world, tool_delay_s)
 
 
 def check_hop_search(config: HopSearchConfig) -> None:
@@ -214,7 +216,8 @@ class HopSearchRows:
         rng = random.Random(derive_seed("hop_search", self.split, self.seed, index))
         number = rng.randrange(self.config.num_worlds) if self.split == "train" else 0
         world = World(self.split, number, self.config.num_relations, self.config.num_tools)
-        return question_row(world, rng.choice(self.config.hops), self.config.spare_calls, rng)
+        row = question_row(world, rng.choice(self.config.hops), self.config.spare_calls, rng)
+        return row | ({"tool_delay_s": self.config.tool_delay_s} if self.config.tool_delay_s else {})
 
 
 def question_row(world: World, num_hops: int, spare_calls: int, rng: random.Random) -> dict[str, Any]:
