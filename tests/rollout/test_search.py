@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards.drawn import parse_tree
+from rollout.expanders.base import Ask, Expansion, View
+from rollout.expanders.search import BestFirst, Budget, Mcts
 from rollout.search import WrongRollout, first_error, omega_choice, omega_scores, puct, step_prior
+from rollout.tree import ROOT
+from rollout.types import StopReason
 
 
 def found(values: list[float]) -> tuple[int, list[int]]:
@@ -58,3 +64,38 @@ def test_of_any_values_it_finds_a_step_that_fails_behind_one_that_does_not(value
     values = [*values, 0.0]
     step, _ = found(values)
     assert values[step] == 0 and (step == 0 or values[step - 1] > 0)
+
+
+def test_mcts_walks_to_the_child_of_the_greatest_puct():
+    # a and b have priors 1 and e^-1 and scores 0.1 and 0.9; the prompt was passed once when they grew
+    tree = parse_tree("q -> (a -> x, b -> y)")
+    del tree.nodes[3], tree.nodes[1]
+    tree.nodes[0].action_logprobs = [0.0]
+    mcts = Mcts(simulations=4, width=2, c=1.25, budget=Budget(0, 0, 8))
+    assert mcts.expand(View(replace(tree, nodes=[]), [], 0)) == [Expansion(ROOT)] * 2
+    assert mcts.expand(View(tree, [0, 1], 0)) == [Ask((0, 1))]
+    # 1.25 x 1 x sqrt(1) / 1 is above 1.25 x 0.37 x sqrt(1) / 1, whatever the scores
+    scores: dict[int, float | None] = {0: 0.1, 1: 0.9}
+    assert mcts.expand(View(tree, [0, 1], 0, scores=scores)) == [Expansion(0)] * 2
+    # now a has been tried: 0.1 + 1.25 x sqrt(2) / 2 = 0.98; b: 1.25 x 0.37 x sqrt(2) = 0.65
+    # a again, as it ended at once there; then 0.1 + 1.25 x sqrt(3) / 3 = 0.82 against b's 0.80; then 0.725 and 0.92: b
+    ended = replace(tree, nodes=[replace(tree.nodes[0], stop=StopReason.answered), tree.nodes[1]])
+    assert mcts.expand(View(ended, [1], 0, scores=scores)) == []
+    mcts.simulations = 5
+    assert mcts.expand(View(ended, [1], 0, scores=scores)) == [Expansion(1)] * 2
+
+
+def test_best_first_goes_on_from_the_best_score_and_from_none_last():
+    tree = parse_tree("q -> (a -> x, b -> y, c -> z)")
+    del tree.nodes[5], tree.nodes[3], tree.nodes[1]
+    search = BestFirst(num=2, width=2, budget=Budget(4, 0, 8))
+    assert search.expand(View(tree, [0, 1, 2], 0)) == [Ask((0, 1, 2))]
+    assert search.expand(View(tree, [0, 1, 2], 0, scores={0: None, 1: -2.0, 2: -1.0})) == [Expansion(2)]  # 4 - 3 fit
+
+
+def test_a_budget_counts_whole_turns():
+    tree = parse_tree("q -> (a, b, c)")
+    assert Budget(max_nodes=5, max_tokens=0, turn_tokens=8).room(tree, 4) == 2
+    assert Budget(max_nodes=0, max_tokens=20, turn_tokens=8).room(tree, 4) == (20 - 3) // 8
+    assert Budget(max_nodes=2, max_tokens=0, turn_tokens=8).room(tree, 4) == 0
+    assert Budget(max_nodes=0, max_tokens=0, turn_tokens=8).room(tree, 4) == 4
