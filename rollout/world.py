@@ -491,5 +491,7 @@ def build_world_environment(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> 
 
     settings = cfg.task.world
     world = load_world(settings.fn, settings.args)
-    host = ProcessHost(settings.fn, settings.args, settings.num_processes) if settings.num_processes else None
-    return WorldEnvironment(cfg.task, tokenizer, host or ThreadHost(world), world.fork)
+    host: Host = ThreadHost(world)
+    if settings.num_processes:
+        host = ProcessHost(settings.fn, settings.args, settings.num_processes, cfg.task.tool_pass_env)
+    return WorldEnvironment(cfg.task, tokenizer, host, world.fork)

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import IO, Any
 
 from conf.errors import ConfigError, DataError, GroveError
+from rollout.apart import secret_names
 from rollout.tools import _idle_thread, _run_in_thread
 from rollout.types import Prompt
 from rollout.world import Observed, SessionLost, Sessions, WorldFailed, load_world
@@ -34,8 +35,8 @@ PASSED_ON: dict[str, type[GroveError]] = {each.__name__: each for each in (Confi
 class _Process:
     """One process with sessions in it, started at its first call and again after it was killed."""
 
-    def __init__(self, fn: str, args: Mapping[str, Any]) -> None:
-        self._fn, self._args = fn, dict(args)
+    def __init__(self, fn: str, args: Mapping[str, Any], pass_env: Collection[str]) -> None:
+        self._fn, self._args, self._pass_env = fn, dict(args), pass_env
         self._lock = threading.RLock()
         self._popen: subprocess.Popen[bytes] | None = None
         self.num_starts = 0
@@ -87,12 +88,14 @@ class _Process:
     def _start(self) -> None:
         self._clear()
         self.num_starts += 1
+        hidden = secret_names(os.environ, self._pass_env)
+        seen = {name: value for name, value in os.environ.items() if name not in hidden}
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "rollout.world_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)},
+            env={**seen, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)},
         )
         kind, answer = self._asked("load", (self._fn, self._args), START_TIMEOUT_S)
         if kind != "returned":
@@ -117,8 +120,16 @@ class _Process:
 class ProcessHost:
     """Implements `rollout.world.Host`: sessions are dealt out to `num` processes, each doing one thing at a time."""
 
-    def __init__(self, fn: str, args: Mapping[str, Any], num: int) -> None:
-        self.processes = [_Process(fn, args) for _ in range(num)]
+    def __init__(self, fn: str, args: Mapping[str, Any], num: int, pass_env: Collection[str] = ()) -> None:
+        """Start no process yet.
+
+        Args:
+            fn: `task.world.fn`.
+            args: `task.world.args`.
+            num: processes.
+            pass_env: environment variables that the world sees although their names look like secrets.
+        """
+        self.processes = [_Process(fn, args, pass_env) for _ in range(num)]
         self._number = 0
 
     def new_key(self, like: int | None = None) -> int:
@@ -184,7 +195,15 @@ def _read_bytes(fd: int, size: int, deadline: float | None) -> bytes:
     return parts
 
 
+def _end_with_parent() -> None:
+    parent = os.getppid()
+    while os.getppid() == parent:  # a world that hangs does not read the pipe, and would stay behind
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def _serve() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     requests, answers = os.dup(0), os.fdopen(os.dup(1), "wb", buffering=0)
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)

@@ -48,6 +48,8 @@ class Counter:
             raise OSError("the sky fell")
         elif word == "none":
             return None
+        elif word == "env":
+            return Observed(text=os.environ.get(number, "hidden"))
         elif word == "draw":
             return Observed(text=f"drew {random.SystemRandom().random()}")
         elif word != "add":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from conf.errors import ConfigError, DataError, ToolError
 from conf.plugin import load_object
@@ -49,13 +49,13 @@ def _tasks(spec: str, args: str) -> tuple[Any, list[Any]]:
     Raises: ConfigError for what is no taskset, or needs more than is supported.
     """
     v1 = import_optional("verifiers.v1")
-    made = load_object(spec, key="task.verifiers.taskset")
+    made: Any = load_object(spec, key="task.verifiers.taskset")
     if not (inspect.isclass(made) and issubclass(made, v1.Taskset)):
         raise ConfigError(f'task.verifiers.taskset="{spec}" is no subclass of verifiers.v1.Taskset. Name its class.')
     generic = import_optional("verifiers.v1.utils.generic")
     config_type = generic.concrete_type(made, v1.TasksetConfig) or v1.TasksetConfig
     try:
-        taskset = made(config_type(**json.loads(args)))
+        taskset: Any = cast("Any", made)(config_type(**json.loads(args)))
         tasks = list(taskset if taskset.bounded else islice(taskset, MAX_TASKS))
     except Exception as error:
         raise ConfigError(
@@ -116,7 +116,7 @@ def _tools_of(toolsets: list[Any]) -> dict[str, Callable[..., Any]]:
 def _schema(name: str, method: Callable[..., Any]) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
-    parameters = TypeAdapter(method).json_schema()
+    parameters = TypeAdapter(method).json_schema()  # type: ignore[arg-type]
     parameters.pop("additionalProperties", None)
     told = {"name": name, "description": inspect.cleandoc(method.__doc__ or ""), "parameters": parameters}
     return {"type": "function", "function": told}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -278,6 +281,38 @@ def test_no_process_and_no_file_outlives_its_host():
     del env
     gc.collect()
     assert num_files() <= before + 2  # the event loop's own may be about to close
+
+
+def test_a_process_that_hangs_ends_with_the_one_who_started_it():
+    code = (
+        "import asyncio, os; from rollout.world_process import ProcessHost; from rollout.types import Prompt\n"
+        f"host = ProcessHost({str(HERE) + ':Counter'!r}, {{}}, 1)\n"
+        "prompt = Prompt(id='a', token_ids=(1,), question='q', answer='')\n"
+        "async def run():\n"
+        "    await host.start(0, prompt, 60)\n"
+        "    print(host.processes[0].pid, flush=True)\n"
+        "    asyncio.get_running_loop().call_later(0.5, os._exit, 0)\n"
+        "    await host.act(0, 'hang 600', 600)\n"
+        "asyncio.run(run())"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    pid = int(done.stdout)
+    asyncio.run(wait_until(lambda: not is_running(pid), timeout_s=10.0))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_process_does_not_see_secrets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_API_KEY", "hush")
+    monkeypatch.setenv("MY_CITY", "Rome")
+    with processes("copy") as env:
+        assert [turn.facts.result for turn in play(env, "env MY_API_KEY", "env MY_CITY")] == ["hidden", "Rome"]
 
 
 def test_a_step_that_is_cancelled_leaves_no_session():
