@@ -1,8 +1,9 @@
-"""A tiny MCP server for tests: `python mcp_server.py` talks over its standard streams."""
+"""A tiny MCP server for tests: `mcp_server.py` talks over its standard streams, `mcp_server.py PORT` over HTTP."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from mcp.server.mcpserver import MCPServer
@@ -49,4 +50,7 @@ def hang() -> str:
 
 
 if __name__ == "__main__":
-    server.run("stdio")
+    if len(sys.argv) > 1:
+        server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+    else:
+        server.run("stdio")

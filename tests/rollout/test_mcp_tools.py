@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,31 @@ def test_a_server_that_hangs_is_killed_and_started_again(monkeypatch: pytest.Mon
     assert call(found["hang"], 1.0) == ToolReply(ToolOutcome.crashed, "hang did not return within 1 s")
     assert time.monotonic() - started < 20
     assert call(found["add"], a=1).text == "2"
+
+
+def test_a_server_that_runs_already_is_asked_at_its_address():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    here = {"command": [], "url": f"http://127.0.0.1:{port}/mcp"}
+    with pytest.raises(ConfigError, match=rf"task.mcp_servers.tiny \(http://127.0.0.1:{port}/mcp\): the server "):
+        tools(**here, start_timeout_s=5.0)
+    with subprocess.Popen([*SERVER, str(port)], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(port)
+            found = tools(**here)
+            assert call(found["add"], a=1, b=2).text == "3"
+        finally:
+            process.kill()
+    assert call(found["add"], 5.0, a=1).outcome is ToolOutcome.crashed
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise TimeoutError("the server does not listen")
 
 
 def test_a_choice_of_tools(tmp_path: Path):
