@@ -114,9 +114,7 @@ def _tools_of(toolsets: list[Any]) -> dict[str, Callable[..., Any]]:
 
 
 def _schema(name: str, method: Callable[..., Any]) -> dict[str, Any]:
-    from pydantic import TypeAdapter
-
-    parameters = TypeAdapter(method).json_schema()  # type: ignore[arg-type]
+    parameters = import_optional("pydantic").TypeAdapter(method).json_schema()
     parameters.pop("additionalProperties", None)
     told = {"name": name, "description": inspect.cleandoc(method.__doc__ or ""), "parameters": parameters}
     return {"type": "function", "function": told}
@@ -233,15 +231,13 @@ class VerifiersWorld:
 
     async def _called(self, session: _Session, call: Call) -> tuple[str, bool]:
         """A call's text, and whether it was refused: as in the package, what a tool raises is told to the policy."""
-        from pydantic import validate_call
-
         method = session.tools.get(call.tool)
         if method is None:
             return f'error: there is no tool "{call.tool}", the tools are {", ".join(session.tools) or "none"}', True
         state = import_optional("verifiers.v1.mcp.server")._call_state
         token = state.set(session.trace.state)
         try:
-            result = validate_call(method)(**call.arguments)
+            result = import_optional("pydantic").validate_call(method)(**call.arguments)
             if inspect.isawaitable(result):
                 result = await result
         except Exception as error:
