@@ -82,6 +82,10 @@ class RewardActor:
         """From now on, go on from steps with these rollout workers."""
         self._service.use_completer(WorkerCompleter(workers, rollout))
 
+    async def judge(self, source: str, tree: Tree, rows: list[int]) -> list[float | None]:
+        """What a source says of steps of a tree that still grows."""
+        return await self._service.judge(source, tree, rows)
+
     async def score(self, tree: Tree, sources: Collection[str] | None = None) -> ScoredTree:
         """Score one tree, by these sources or by all."""
         return await self._service.score(tree, sources)

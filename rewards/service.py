@@ -17,6 +17,7 @@ from rewards.base import Answers, Source, build_sources
 from rewards.blend import blend
 from rewards.cache import ScoreCache
 from rewards.engine import Completer, TreeEngine
+from rewards.judging import SourceJudge
 from rewards.models.base import MarkedText, Message, Reply, RewardModel
 from rewards.sandbox import Sandbox
 from rewards.types import BROKEN, Cost, Origin, Score, ScoredTree, ScoreStatus
@@ -75,6 +76,10 @@ class RewardService:
             of_level[source.name] = scores
             scored.origins[source.name] = self._origin(source)
         return scored if only is not None else blend(scored, self._blended)
+
+    async def judge(self, source: str, tree: Tree, rows: list[int]) -> list[float | None]:
+        """What a source of steps says of steps of a tree that still grows; None where it gave no number."""
+        return await SourceJudge(self._grade, source).score(tree, rows)
 
     def use_completer(self, completer: Completer) -> None:
         """From now on, go on from steps with this one."""

@@ -142,7 +142,8 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
             prm = PrmHandle(cfg, model_path, log_dir, num_gpus=share.learner)
             stack.callback(prm.close)
         wait_all([reward_actor.ping.remote()], limit_s=cfg.rollout.start_timeout_s, what="the reward service to start")
-        pool = RolloutPool(engine_cfg, model_path, log_dir, gpus_per_worker=share.per_worker)
+        judge = reward_actor if cfg.rollout.judge else None
+        pool = RolloutPool(engine_cfg, model_path, log_dir, gpus_per_worker=share.per_worker, judge_actor=judge)
         stack.callback(pool.close)
         publisher = None
         if learner is not None:

@@ -42,12 +42,18 @@ class _Worker:
 class RolloutPool:
     """`cfg.rollout.num_workers` workers that share the prompts of a batch."""
 
-    def __init__(self, cfg: Config, model_path: str, log_dir: Path, *, gpus_per_worker: float = 0) -> None:
+    def __init__(
+        self, cfg: Config, model_path: str, log_dir: Path, *, gpus_per_worker: float = 0, judge_actor: Any = None
+    ) -> None:
         """Start every worker and wait until all engines are loaded.
+
+        Args:
+            judge_actor: who is asked about growing trees where rollout.judge names a source.
 
         Raises: WaitTimeout, WorkerLost when an engine does not come up.
         """
         self._cfg, self._model_path, self._log_dir, self._gpus = cfg, model_path, log_dir, gpus_per_worker
+        self._judge_actor = judge_actor
         self._weights: tuple[str, int] | None = None
         self._restarts = 0
         self._lost: deque[int] = deque()
@@ -229,7 +235,8 @@ class RolloutPool:
             )
 
     def _new_actor(self, number: int) -> Any:
-        return start_worker(self._cfg, self._model_path, str(self._log_path(number)), num_gpus=self._gpus)
+        log, judge = str(self._log_path(number)), self._judge_actor
+        return start_worker(self._cfg, self._model_path, log, num_gpus=self._gpus, judge_actor=judge)
 
     def _log_path(self, number: int) -> Path:
         return self._log_dir / f"rollout_worker_{number}.log"

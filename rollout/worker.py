@@ -64,12 +64,24 @@ def build_engine(cfg: Config, model_path: str) -> Engine:
     return TransformersEngine(cfg, model_path)
 
 
+class ActorJudge:
+    """A judge of growing trees (`rollout.expanders.base.Judge`) in another process: any actor with a method `judge`."""
+
+    def __init__(self, actor: Any, source: str) -> None:
+        self._actor, self._source = actor, source
+
+    async def score(self, tree: Tree, rows: list[int]) -> list[float | None]:
+        """What the actor's source says of `rows`; its own deadlines hold, and the tree's."""
+        return await self._actor.judge.remote(self._source, tree, rows)
+
+
 class RolloutWorker:
     """Carries one engine. Async methods run side by side on one event loop, so many trees grow at once."""
 
-    def __init__(self, cfg: Config, model_path: str, log_path: str) -> None:
+    def __init__(self, cfg: Config, model_path: str, log_path: str, judge_actor: Any = None) -> None:
         send_output_to(Path(log_path))
         self._cfg, self._model_path = cfg, model_path
+        self._judge = ActorJudge(judge_actor, cfg.rollout.judge) if cfg.rollout.judge else None
 
     async def start(self) -> None:
         """Load model, tokenizer and environment."""
@@ -84,7 +96,7 @@ class RolloutWorker:
     async def grow(self, prompt: Prompt, rollout: RolloutConfig, seed: int) -> Tree:
         """Grow the tree of one prompt."""
         expander = build_expander(rollout, derive_seed(seed, "expander"), self._tokenizer.decode)
-        return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed)
+        return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed, self._judge)
 
     async def complete(self, prompt: Prompt, steps: list[Node], num: int, rollout: RolloutConfig, seed: int) -> Tree:
         """Go on from the end of a path, `num` times (`rollout.grow.complete_path`)."""
@@ -107,8 +119,12 @@ class RolloutWorker:
         await self._engine.close()
 
 
-def start_worker(cfg: Config, model_path: str, log_path: str, *, num_gpus: float) -> Any:
-    """A new worker actor, still loading."""
+def start_worker(cfg: Config, model_path: str, log_path: str, *, num_gpus: float, judge_actor: Any = None) -> Any:
+    """A new worker actor, still loading.
+
+    Args:
+        judge_actor: who is asked about growing trees where rollout.judge names a source.
+    """
     environment = gpu_worker_environment() if num_gpus else worker_environment()
     options: dict[str, Any] = {
         "num_cpus": 1,
@@ -117,4 +133,4 @@ def start_worker(cfg: Config, model_path: str, log_path: str, *, num_gpus: float
         "max_restarts": 0,
         "runtime_env": {"env_vars": environment},
     }
-    return ray.remote(RolloutWorker).options(**options).remote(cfg, model_path, log_path)
+    return ray.remote(RolloutWorker).options(**options).remote(cfg, model_path, log_path, judge_actor)
