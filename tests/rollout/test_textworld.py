@@ -26,7 +26,7 @@ from rollout.expand import build_expander
 from rollout.grow import grow_tree
 from rollout.tree import Tree
 from rollout.types import Prompt, StopReason
-from rollout.world import Fork, ThreadHost, WorldEnvironment
+from rollout.world import ThreadHost, WorldEnvironment
 from rollout.world_process import ProcessHost
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +57,7 @@ def solved(row: dict[str, Any]) -> list[str]:
 
 
 def environment(host: Any = None) -> WorldEnvironment:
-    return WorldEnvironment(TaskConfig(), chatml_tokenizer(), host or ThreadHost(TextWorld()), Fork.copy)
+    return WorldEnvironment(TaskConfig(), chatml_tokenizer(), host or ThreadHost(TextWorld()), TextWorld.fork)
 
 
 def grow(env: WorldEnvironment, prompt: Prompt, engine: ChatEngine, seed: int = 0) -> Tree:
@@ -107,6 +107,7 @@ def test_train_and_held_out_games_differ_and_held_out_ones_are_the_same_for_ever
     assert TextWorldRows(config, 0, "train").num_rows == config.num_games
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_game(config: TextWorldConfig, tmp_path: Path):
     code = (
         "from conf.schema import TextWorldConfig; from rollout.envs.textworld import TextWorldRows; "
@@ -124,7 +125,7 @@ def test_another_process_makes_the_same_game(config: TextWorldConfig, tmp_path: 
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_copied_game_goes_on_as_the_game_itself_and_as_one_played_anew(config: TextWorldConfig, index: int):
+def test_a_game_played_anew_goes_on_as_the_game_itself(config: TextWorldConfig, index: int):
     row = TextWorldRows(config, seed=0, split="train").row(index)
     world, rng = TextWorld(), random.Random(index)
     prompt = Prompt(id="a", token_ids=(1,), question="", answer="", data=row)
@@ -132,13 +133,10 @@ def test_a_copied_game_goes_on_as_the_game_itself_and_as_one_played_anew(config:
     done: list[str] = []
     for _ in range(8):
         command = rng.choice(session.state["admissible_commands"])
-        copied, (again, _) = world.copy(session), world.reset(prompt)
+        again, _ = world.reset(prompt)
         for each in done:
             world.act(again, each)
-        other = rng.choice(session.state["admissible_commands"])
-        world.act(world.copy(session), other)  # a sibling's step leaves no trace
         observed = world.act(session, command)
-        assert world.act(copied, command) == observed
         assert world.act(again, command) == observed
         done.append(command)
         if observed.done:
@@ -174,6 +172,7 @@ def test_a_policy_that_knows_the_way_wins_every_trajectory_and_is_paid_for_its_q
     assert {tree.nodes[leaf].stop for leaf in tree.leaves()} == {StopReason.answered}
 
 
+@pytest.mark.slow
 def test_a_game_in_a_process_grows_the_same_tree(config: TextWorldConfig):
     prompt = prompt_of(TextWorldRows(config, seed=0, split="train").row(0), config)
     host = ProcessHost("rollout.envs.textworld:TextWorld", {}, 1)
