@@ -217,6 +217,7 @@ class _Growth:
             case _Judged():
                 for spot, score in zip(result.spots, result.scores, strict=True):
                     spot.is_asked, spot.score = True, score
+                    self.tree.nodes[spot.row].judged = score
             case _Acted():
                 self._finish(result)
 

@@ -42,6 +42,8 @@ class Node:
     is_part: bool = False
     """True for the beginning of a turn that its children go on with: it has no observation and no facts of its own,
     and the environment answered only the turn as a whole."""
+    judged: float | None = None
+    """What the judge said of it while the tree grew (`rollout.judge`); None where it was not asked, or had no score."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,6 +142,7 @@ def split(tree: Tree, row: int, token: int) -> Tree:
         action_text="",
         observation_text="",
         is_part=True,
+        judged=None,
     )
     rest = replace(
         node,

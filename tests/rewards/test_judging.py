@@ -52,3 +52,11 @@ def test_a_configured_source_can_judge():
     tree = parse_tree("q -> (a -> x, b)", stops={"b": StopReason.malformed})
     del tree.nodes[row_of(tree, "x")]
     assert asyncio.run(SourceJudge(grade, "format").score(tree, rows(tree, "a", "b"))) == [1.0, 0.0]
+
+
+def test_the_score_at_the_choice_can_be_taught():
+    source = Source("judged", SourceConfig(fn="rewards.sources.judged:judged", level="step"))
+    tree = parse_tree("q -> (a, b)", stops={"b": StopReason.not_chosen})
+    tree.nodes[0].judged = 0.25
+    found = source.score_tree(tree)
+    assert found[0] == Score(0.25) and not found[1].is_scored

@@ -287,6 +287,7 @@ def test_a_comb_of_five_candidates_and_four_steps_has_twenty_steps_and_calls_thr
     assert len(tree.trained_leaves()) == 17 and len(tree.outcome_leaves()) == 1
     assert [len(rows) for rows in judge.asked] == [5, 5, 5, 5]
     assert all(node.action_text for node in tree.nodes)
+    assert [node.judged for node in tree.nodes] == [sum(node.action_ids) / 3 for node in tree.nodes]
 
 
 def test_without_a_judge_a_candidate_is_drawn_and_a_named_one_is_missed():
