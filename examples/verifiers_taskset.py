@@ -1,6 +1,7 @@
 """A taskset for the package verifiers: sums to be worked out with a tool that counts its calls.
 
-grove train task=verifiers task.verifiers.taskset=examples/verifiers_taskset.py:Sums rewards=world_total model=...
+    grove train task=verifiers task.verifiers.taskset=examples/verifiers_taskset.py:Sums \\
+        rewards=world_total rollout=chains credit=grpo model=qwen3_0_6b
 """
 
 from __future__ import annotations
