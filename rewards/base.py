@@ -147,9 +147,11 @@ class Source:
         class says `of_prompt = True`."""
         leaves = tree.trained_leaves()
         if self.level is Level.trajectory:
-            return leaves
+            return tree.outcome_leaves()
         prompt = [ROOT] if leaves and getattr(self._plugin, "of_prompt", False) else []
-        return prompt + sorted({row for leaf in leaves for row in tree.path(leaf)})
+        steps = sorted({row for leaf in leaves for row in tree.path(leaf)})
+        # A part of a turn was no call: its turn is scored where it ends.
+        return prompt + [row for row in steps if not tree.nodes[row].is_part]
 
     def calls(self, tree: Tree) -> list[Call]:
         """The calls of its function that score a tree."""

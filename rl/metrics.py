@@ -289,7 +289,7 @@ def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
         trees: the step's trees, before any selection.
         seconds: wall time of growing them.
     """
-    trained = [(tree, leaf) for tree in trees for leaf in tree.trained_leaves()]
+    trained = [(tree, leaf) for tree in trees for leaf in tree.outcome_leaves()]
     judged = [
         exact_match(tree.nodes[leaf].facts, tree.prompt.answer) for tree, leaf in trained if tree.prompt.answer.strip()
     ]
@@ -300,7 +300,7 @@ def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
     context = sum(_context_tokens(tree) for tree in trees)
     shares = {
         "rollout/success_share": (sum(judged), len(judged)),
-        "rollout/steps_per_trajectory": (sum(tree.depth(leaf) for tree, leaf in trained), len(trained)),
+        "rollout/steps_per_trajectory": (sum(tree.num_turns(leaf) for tree, leaf in trained), len(trained)),
         "rollout/cached_token_share": (cached, context),
         "rollout/tool_ok_share": (sum(tool_ok), len(tool_ok)),
         "rollout/tokens_per_second": (generated, seconds),

@@ -238,6 +238,28 @@ class ToolEnvironment:
             turn = await self._call(state, parsed.calls, action_ids)
         return replace(turn, action_text=action_text, observation_text=self._decode(turn.observation_ids))
 
+    async def read(self, state: Episode, action_ids: list[int], *, stopped: bool) -> Turn:
+        """What a turn says, before anything is called: facts of a call without outcome; see `act`."""
+        if not stopped:
+            return await self.act(state, action_ids, stopped=False)
+        parsed, action_text = self._parse(action_ids), self._decode(action_ids)
+        if parsed.error:
+            facts, stop = StepFacts(kind=StepKind.malformed, error=parsed.error), StopReason.malformed
+        elif parsed.answer is not None:
+            facts, stop = StepFacts(kind=StepKind.answer, answer=parsed.answer), StopReason.answered
+        else:
+            call, *later = parsed.calls
+            facts = StepFacts(
+                kind=StepKind.call,
+                tool=call.tool,
+                arguments=call.arguments,
+                later_calls=[
+                    {"tool": each.tool, "arguments": each.arguments, "tool_ok": None, "result": None} for each in later
+                ],
+            )
+            stop = StopReason.continues
+        return Turn(state=state, facts=facts, stop=stop, action_text=action_text)
+
     def _parse(self, action_ids: list[int]) -> ParsedTurn:
         ended = bool(action_ids) and action_ids[-1] in self.stop_token_ids
         is_bare = ended and self.task.tool_format is not ToolFormat.words  # whose stop words are part of what is said
