@@ -16,6 +16,7 @@ from typing import Any
 from conf.errors import DataError
 from rewards.sources.outcome import exact_match
 from rewards.types import Score, ScoredTree, ScoreStatus
+from rollout.cost import measured
 from rollout.tree import ROOT, Tree
 from rollout.types import StopReason
 
@@ -60,6 +61,14 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("rollout/generated_tokens", "tokens the policy sampled, pruned steps included", "this step"),
     Metric("rollout/total_generated_tokens", "tokens the policy sampled in training", "the run so far"),
+    Metric("rollout/uncached_tokens", "context tokens that the engines computed", "this step", Better.lower),
+    Metric("rollout/cached_tokens", "context tokens found in the prefix cache", "this step", Better.higher),
+    Metric(
+        "rollout/generated_share_of_chains",
+        "sampled tokens, pruned steps included; below 1 the trees save",
+        "tokens that as many independent trajectories would have sampled",
+        Better.lower,
+    ),
     Metric("rollout/trajectories", "trajectories that may be scored and trained", "this step"),
     Metric("rollout/steps_per_trajectory", "steps from the prompt to the end", "trained trajectories"),
     Metric(
@@ -306,7 +315,15 @@ def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
         "rollout/tokens_per_second": (generated, seconds),
         **_stop_shares(trees),
     }
-    counts: dict[str, float] = {"rollout/generated_tokens": generated, "rollout/trajectories": len(trained)}
+    cost = measured(trees)
+    counts: dict[str, float] = {
+        "rollout/generated_tokens": generated,
+        "rollout/trajectories": len(trained),
+        "rollout/uncached_tokens": cost.prefilled,
+        "rollout/cached_tokens": cost.cached,
+    }
+    if math.isfinite(cost.generated_share):
+        counts["rollout/generated_share_of_chains"] = cost.generated_share
     return counts | {name: part / whole for name, (part, whole) in shares.items() if whole}
 
 

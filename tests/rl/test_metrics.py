@@ -141,7 +141,8 @@ def test_a_share_of_nothing_is_left_out_rather_than_called_zero():
     without_reference = rollout_metrics([parse_tree("q -> a")], seconds=1.0)
     assert "rollout/success_share" not in without_reference
     assert "rollout/tool_ok_share" not in without_reference
-    assert rollout_metrics([], seconds=0.0) == {"rollout/generated_tokens": 0, "rollout/trajectories": 0}
+    counts = ("generated_tokens", "trajectories", "uncached_tokens", "cached_tokens")
+    assert rollout_metrics([], seconds=0.0) == {f"rollout/{name}": 0 for name in counts}
 
 
 def test_failed_scores_are_counted_and_pull_no_mean_towards_zero():
