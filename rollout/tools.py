@@ -152,7 +152,7 @@ class Tool:
             return ToolReply(ToolOutcome.refused, str(error))
         except CallFailed as error:
             return ToolReply(ToolOutcome.crashed, f"{self.name} {error}")
-        except _TimeUpError:
+        except TimeUpError:
             return ToolReply(ToolOutcome.crashed, f"{self.name} did not return within {timeout_s:g} s")
         except Exception as error:
             return ToolReply(ToolOutcome.crashed, f"{self.name} raised {type(error).__name__}: {error}")
@@ -160,7 +160,7 @@ class Tool:
     async def _run(self, arguments: dict[str, Any], timeout_s: float) -> Any:
         if self.runner is not None:
             return await self.runner(arguments, timeout_s)
-        run = _run_async if inspect.iscoroutinefunction(self.function) else _run_in_thread
+        run = _run_async if inspect.iscoroutinefunction(self.function) else run_in_thread
         return await run(self.function, arguments, timeout_s)
 
     def hidden_arguments(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,10 +182,10 @@ class Tool:
 
 async def run_apart(call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Wait for a blocking call that keeps its own time limit, without holding up the event loop."""
-    return await _run_in_thread(call, arguments, None)
+    return await run_in_thread(call, arguments, None)
 
 
-class _TimeUpError(Exception):
+class TimeUpError(Exception):
     """Our own limit passed, as opposed to a TimeoutError that the tool raised."""
 
 
@@ -196,7 +196,7 @@ async def _run_async(function: Callable[..., Any], arguments: dict[str, Any], ti
     finally:
         task.cancel()  # does nothing to a finished task; a tool that swallows it is left behind, not waited for
     if not done:
-        raise _TimeUpError
+        raise TimeUpError
     return task.result()
 
 
@@ -223,14 +223,19 @@ class _ToolThread:
             self.idle.append(self)
 
 
-def _idle_thread() -> _ToolThread:
+def idle_thread() -> _ToolThread:
+    """A thread that waits for work, a new one where none does."""
     try:
         return _ToolThread.idle.pop()
     except IndexError:
         return _ToolThread()
 
 
-async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float | None) -> Any:
+async def run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float | None) -> Any:
+    """What a plain function returns, called on a thread that is left behind where it takes too long.
+
+    Raises: TimeUpError past `timeout_s` (None for no limit); whatever the function raises.
+    """
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -246,10 +251,10 @@ async def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any]
         with suppress(RuntimeError):  # the loop was closed while the call hung: nobody waits any more
             loop.call_soon_threadsafe(settle, outcome)
 
-    _idle_thread().make(work)
+    idle_thread().make(work)
     done, _ = await asyncio.wait({finished}, timeout=timeout_s)
     if not done:
-        raise _TimeUpError
+        raise TimeUpError
     result, error = finished.result()
     if isinstance(error, Exception):
         raise error

@@ -36,7 +36,7 @@ from conf.plugin import load_object
 from conf.schema import Config, OnMalformed, TaskConfig, ToolFormat
 from rollout.chat import ToolTemplate, find_stop_token_ids
 from rollout.environment import Turn
-from rollout.tools import _idle_thread, _run_in_thread, _TimeUpError
+from rollout.tools import TimeUpError, idle_thread, run_in_thread
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
 if TYPE_CHECKING:
@@ -249,16 +249,16 @@ class ThreadHost:
     def close(self, key: int) -> None:
         """Close in a thread of its own, as closing may block."""
         if hasattr(self.sessions.world, "close"):
-            _idle_thread().make(partial(self.sessions.close, key))
+            idle_thread().make(partial(self.sessions.close, key))
         else:
             self.sessions.close(key)
 
     async def _call(self, function: Any, arguments: dict[str, Any], timeout_s: float) -> Any:
         try:
-            return await _run_in_thread(function, arguments, timeout_s)
+            return await run_in_thread(function, arguments, timeout_s)
         except (ConfigError, DataError, SessionLost):
             raise
-        except _TimeUpError:
+        except TimeUpError:
             raise WorldFailed(f"the world did not answer within {timeout_s:g} s") from None
         except Exception as error:
             raise WorldFailed(f"the world raised {type(error).__name__}: {error}") from error

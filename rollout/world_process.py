@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from conf.errors import ConfigError, DataError, GroveError
 from rollout.apart import secret_names
-from rollout.tools import _idle_thread, _run_in_thread
+from rollout.tools import idle_thread, run_in_thread
 from rollout.types import Prompt
 from rollout.world import Observed, SessionLost, Sessions, WorldFailed, load_world
 
@@ -152,7 +152,7 @@ class ProcessHost:
 
     def close(self, key: int) -> None:
         """Close in a thread, behind the requests that are on their way."""
-        _idle_thread().make(partial(self._process(key).close, key))
+        idle_thread().make(partial(self._process(key).close, key))
 
     def kill(self) -> None:
         """End all processes."""
@@ -168,7 +168,7 @@ class ProcessHost:
     async def _call(self, name: str, key: int, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         # The call keeps its own limit, which starts when the process is free; it always returns.
         call = partial(self._process(key).call, name, arguments, timeout_s)
-        return await _run_in_thread(call, {}, None)  # type: ignore[arg-type]
+        return await run_in_thread(call, {}, None)  # type: ignore[arg-type]
 
 
 def _write(pipe: IO[bytes], message: Any) -> None:
