@@ -129,7 +129,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(room: Path):
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=90)
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
     assert process.returncode == 130, output[-3000:]
     assert "saved step" in output and "run.resume=true" in output
     _, alive = psutil.wait_procs(family, timeout=20)
