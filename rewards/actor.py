@@ -17,7 +17,7 @@ from rewards.models.base import ModelError
 from rewards.service import RewardService
 from rewards.types import ScoredTree
 from rollout.seeds import derive_seed
-from rollout.tree import ROOT, Tree
+from rollout.tree import Tree
 from rollout.worker import send_output_to
 
 COMPLETION_TRIES = 3
@@ -38,7 +38,7 @@ class WorkerCompleter:
         content = repr([(step.action_ids, step.observation_ids) for step in steps]).encode()
         version = steps[-1].version if steps else max((node.version for node in tree.nodes), default=0)
         path = hashlib.blake2b(content, digest_size=8).hexdigest()
-        seed = derive_seed("complete", tree.prompt.id, version, path, row == ROOT)
+        seed = derive_seed("complete", tree.prompt.id, version, path)
         for number in range(1, COMPLETION_TRIES + 1):
             worker = min(self._running, key=self._running.__getitem__)
             self._running[worker] += 1

@@ -11,16 +11,15 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from conf.schema import RewardsConfig, SourceConfig
-from conf.subject import SERVICES
 from rewards.arguments import Call
 from rewards.base import Answers, Source
 from rewards.models.base import ModelError
@@ -161,19 +160,13 @@ class _Child:
             pass  # the listener sees the end of the pipe too, and tells everyone
 
     def _listen(self) -> None:
-        with suppress(EOFError, OSError), _told_of(Exception):
+        try:
             while True:
-                kind, number, content = self._pipe.recv()
-                pending = self._pending.get(number)
-                if pending is None:
-                    continue
-                if kind == "ask":
-                    self._ask(pending, *content)
-                    continue
-                if kind == "answers":
-                    del self._pending[number]
-                    _settle(pending.answers, content)
-                _settle(pending.ready, None)
+                self._hear(*self._pipe.recv())
+        except (EOFError, OSError):
+            pass  # it is gone
+        except Exception as error:  # unpickling raises whatever it likes; who talks nonsense is taken for dead
+            logger.warning("a reward process sent what cannot be read (%s: %s)", type(error).__name__, error)
         self._reap()
         with self._lock:
             lost = list(self._pending.values())
@@ -182,6 +175,18 @@ class _Child:
             for future in (pending.ready, pending.answers):
                 with suppress(InvalidStateError):  # nobody waits for it any more
                     future.set_exception(ProcessDied(f"its process {_fate(self._exit_code)}"))
+
+    def _hear(self, kind: str, number: int, content: Any) -> None:
+        pending = self._pending.get(number)
+        if pending is None:
+            return
+        if kind == "ask":
+            self._ask(pending, *content)
+            return
+        if kind == "answers":
+            del self._pending[number]
+            _settle(pending.answers, content)
+        _settle(pending.ready, None)
 
     def _reap(self) -> None:
         with self._reaping:
@@ -196,16 +201,16 @@ class _Child:
         """Answer what a function asked of its model or engine, in the event loop that wants its score."""
 
         def tell(asked: Future[Any]) -> None:
-            error = asked.exception()
+            error = CancelledError("it was cancelled") if asked.cancelled() else asked.exception()
             if error is None:
                 self._send(("told", number, (True, asked.result())))
             else:
                 kind = "late" if isinstance(error, TimeoutError) else "failed"
                 self._send(("told", number, (False, (kind, str(error) or type(error).__name__))))
 
-        if method.startswith("_") or pending.loop is None:
-            return
         try:
+            if method.startswith("_") or pending.loop is None:
+                raise AttributeError(f"{service}.{method} is not to be asked")
             found: Coroutine[Any, Any, Any] = getattr(pending.services[service], method)(*args, **kwargs)
             asyncio.run_coroutine_threadsafe(found, pending.loop).add_done_callback(tell)
         except Exception as error:  # no such method, wrong arguments, a closed loop: the function's to know
@@ -226,17 +231,6 @@ class _Child:
                     is_flood = True
                     logger.warning("a reward printed more than %d bytes in one answer; dropped", MAX_OUTPUT_BYTES)
         output.close()
-
-
-@contextmanager
-def _told_of(kind: type[Exception]) -> Iterator[None]:
-    """Log an error and go on behind it: a child that talks nonsense is taken for dead."""
-    try:
-        yield
-    except (EOFError, OSError):
-        raise
-    except kind as error:
-        logger.warning("a reward process sent what cannot be read (%s: %s)", type(error).__name__, error)
 
 
 def _settle(future: Future[Any], content: Any) -> None:
@@ -294,8 +288,8 @@ class _Server:
         messages: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         threading.Thread(target=_read, args=(self._pipe, loop, messages), daemon=True).start()
-        while (message := await messages.get()) is not None:
-            kind, number, content = message
+        while True:
+            kind, number, content = await messages.get()
             if kind == "told":
                 self._tell(number, *content)
                 continue
@@ -381,6 +375,3 @@ def _read(pipe: Connection, loop: asyncio.AbstractEventLoop, messages: asyncio.Q
             loop.call_soon_threadsafe(messages.put_nowait, pipe.recv())
     except (EOFError, OSError, RuntimeError):  # RuntimeError: the loop is closed
         os._exit(0)  # the parent is gone: also out of a function that never ends
-
-
-assert set(SERVICES) == {"model", "engine"}, "what `_Remote` can stand for"

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class RewardService:
             model = source.cfg.model
             services[MODEL] = _Metered(self._models[model], cost, self._cfg.models[model])
         if ENGINE in source.services:
-            services[ENGINE] = TreeEngine(tree, self._completer, self._grade, cost)
+            services[ENGINE] = TreeEngine(tree, self._completer, partial(self._grade, asker=cost), cost)
         if source.runs_here:
             started = time.monotonic()
             answers = await source.answers(tree, calls, services)
@@ -146,10 +147,15 @@ class RewardService:
             answers, cost.seconds = await self._sandbox.answers(source, tree, calls, services)
         return answers
 
-    async def _grade(self, name: str, tree: Tree) -> dict[int, Score]:
+    async def _grade(self, name: str, tree: Tree, asker: Cost | None = None) -> dict[int, Score]:
+        """What a source says of a tree; what its model costs is noted for `asker`."""
         if name not in self._of_name:
             raise KeyError(f'no source "{name}" under rewards.sources; there are {", ".join(self._of_name)}')
-        return await self._said(self._of_name[name], tree, Cost())
+        cost = Cost()
+        said = await self._said(self._of_name[name], tree, cost)
+        if asker is not None:
+            asker.add_requests(cost)
+        return said
 
     def _origin(self, source: Source) -> Origin:
         model = source.cfg.model

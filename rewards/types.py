@@ -92,6 +92,11 @@ class Cost:
     generated_tokens: int = 0
     """Tokens that the policy sampled for it, going on from steps."""
 
+    def add_requests(self, other: Cost) -> None:
+        """Add what another source asked its model on behalf of this one."""
+        for name in ("requests", "tries", "prompt_tokens", "reply_tokens", "usd"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass(kw_only=True, slots=True)
 class ScoredTree:

@@ -19,6 +19,7 @@ from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
 from rewards.base import build_sources
 from rewards.models.actor import ActorModel, start_model
+from rewards.sandbox import MAX_PLAIN_TRIES
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
 from rl.policy.actor import LearnerGroup
@@ -74,7 +75,8 @@ class Scoring:
     def __init__(self, cfg: Config, actor: Any, pool: RolloutPool) -> None:
         self._cfg, self._actor, self._pool = cfg, actor, pool
         sources = build_sources(cfg.rewards)
-        self._longest_s = sum(source.timeout_s for source in sources)
+        # A plain function that hangs is asked again, without the step that it hung at.
+        self._longest_s = sum(source.timeout_s * MAX_PLAIN_TRIES for source in sources)
         self._asks_workers = any(ENGINE in source.services for source in sources)
         self._workers: list[Any] = []
 

@@ -122,6 +122,8 @@ class Run:
         self._log: MetricsLog | None = None
         self._shares: Shares | None = None
         self._ahead: Ahead | None = None
+        self._grown: Grown | None = None
+        """The batch that grew ahead for this step."""
         self._drawn_ahead = 0
 
     def restore(self) -> None:
@@ -185,7 +187,7 @@ class Run:
 
     def grow(self, prompts: list[Prompt]) -> Iterator[tuple[int, Tree]] | Grown:
         """Trees as they finish, with the index of their prompt; or a batch that grew ahead."""
-        if self._ahead is not None:
+        if self._grown is not None:
             return self._grown
         refill = [self._refills] if self._refills else []
         return self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", self.state.step, *refill))

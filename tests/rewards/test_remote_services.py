@@ -9,7 +9,7 @@ import judge_server
 import pytest
 from judge_server import JudgeServer
 
-from conf.schema import RewardModelConfig, RewardsConfig, SourceConfig
+from conf.schema import Cache, RewardModelConfig, RewardsConfig, SourceConfig
 from rewards.drawn import parse_tree
 from rewards.service import RewardService
 from rewards.types import Score, ScoredTree, ScoreStatus
@@ -97,3 +97,20 @@ def test_the_engines_go_on_from_a_step_and_another_source_grades_the_ends(tmp_pa
     found = scored(tmp_path, "goes_on", None, args={"rows_of_interest": 0})
     assert {score.value for score in found.step_scores["mine"].values()} == {0.5}  # "yes" is right, "no" is not
     assert found.costs["mine"].generated_tokens == 6  # three steps asked, each for two ends of one word
+
+
+def test_what_a_grader_asks_its_model_is_a_cost_of_who_asked_the_grader(tmp_path, key):
+    file = tmp_path / "mine.py"
+    file.write_text(FILE + "\nasync def grades(trajectory, engine):\n    return len(await engine.grade('judged'))\n")
+    with JudgeServer("1", key=key) as server:
+        model = RewardModelConfig(path="judge", url=server.url, api_key_env="JUDGE_KEY")
+        judged = SourceConfig(fn=f"{file}:asks", model="judge", cache=Cache.off)
+        sources = {"grades": SourceConfig(fn=f"{file}:grades"), "judged": judged}
+        service = RewardService(RewardsConfig(sources=sources, models={"judge": model}))
+        try:
+            found = asyncio.run(service.score(parse_tree("q -> 1 -> 2")))
+        finally:
+            service.close()
+    assert found.leaf_scores["grades"] == {1: Score(2.0)}
+    assert found.costs["grades"].requests == found.costs["judged"].requests == 2
+    assert server.num_requests == 4
