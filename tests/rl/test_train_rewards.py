@@ -138,5 +138,5 @@ def test_judges_models_and_rollouts_score_one_run_that_a_breaking_endpoint_does_
         assert statuses <= {ScoreStatus.scored, ScoreStatus.not_applicable}
         assert each.scored.origins["judge"].prompt_hash and each.scored.origins["judge"].model.startswith("judge at ")
     assert (folder / "reward_cache.sqlite").is_file()
-    told = grove("replay", str(folder), "rewards.sources.rarer.weight=0.5", "credit=tree_step")
-    assert "rarer" in told or "step" in told
+    without = grove("replay", str(folder), "credit=tree_step")
+    assert grove("replay", str(folder), "rewards.sources.rarer.weight=5.0", "credit=tree_step") != without
