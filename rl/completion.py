@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from pathlib import Path
 
 from conf.keys import ENTRY, all_keys, enum_choices, group_choices, kind_of
-from conf.subject import LEVELS
 
-COMMANDS = ("train", "eval", "rollout", "report", "replay", "check-reward", "new", "config", "completion")
-OPTIONS = {
-    "train": ["--config-dir", "--help"],
-    "eval": ["--prompts", "--help"],
-    "rollout": ["--prompts", "--held-out", "--export", "--format", "--config-dir", "--help"],
-    "report": ["--help"],
-    "replay": ["--steps", "--config-dir", "--help"],
-    "check-reward": ["--trees", "--level", "--model", "--arg", "--column", "--timeout", "--help"],
-    "new": ["--level", "--model", "--help"],
-    "config": ["--config-dir", "--keys", "--check", "--help"],
-    "completion": ["--help"],
-}
+SETTINGS = "overrides"
+"""The name by which commands declare that settings follow."""
+
 SHELLS = ("bash", "zsh")
-NOUNS = {"completion": SHELLS, "new": ("reward",)}
-"""What follows a command at once."""
 EXPORTS = ("steps", "trajectories", "pairs")
 """What `rl.export` can write trees as."""
 FORMATS = ("jsonl", "parquet")
-VALUES = {"--level": LEVELS, "--export": EXPORTS, "--format": FORMATS}
-"""What follows an option."""
 
 BASH = r"""# Completion of grove for bash. Use it with: source <(grove completion bash)
 _grove() {
@@ -69,32 +56,53 @@ def script(shell: str) -> str:
     return {"bash": BASH, "zsh": ZSH}[shell]
 
 
-def candidates(words: list[str]) -> list[str]:
+def candidates(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """What the last word may become.
 
     Args:
         words: the command line after "grove"; the last one is being typed and may be empty.
+        parser: of all commands, whose declarations are what can follow.
     Returns: whole words; one that ends in "=" or "." is to be continued. Empty where a file may follow.
     """
-    command, word = words[0] if words else "", words[-1] if words else ""
+    commands = _commands(parser)
+    command, word = commands.get(words[0]) if words else None, words[-1] if words else ""
     if len(words) <= 1:
-        return _beginning(word, COMMANDS)
+        return _beginning(word, list(commands))
+    if command is None:
+        return []
+    options = {option: action for action in command._actions for option in action.option_strings if option != "-h"}
     if word.startswith("-"):
-        return _beginning(word, OPTIONS.get(command, []))
-    if words[-2] in VALUES and words[-2] in OPTIONS.get(command, []):
-        return _beginning(word, VALUES[words[-2]])
-    if command in NOUNS and len(words) == 2:
-        return _beginning(word, NOUNS[command])
-    if command not in ("train", "config", "eval", "replay", "rollout"):
+        return _beginning(word, sorted(options, key="--help".__eq__))  # help last
+    before = options.get(words[-2])
+    if before is not None and before.nargs != 0:
+        return _beginning(word, [str(choice) for choice in before.choices or ()])
+    place = _place(words[1:], options)
+    positional = [action for action in command._actions if not action.option_strings]
+    nouns = [action for action in positional if action.dest != SETTINGS]
+    if place < len(nouns):
+        return _beginning(word, [str(choice) for choice in nouns[place].choices or ()])
+    if len(nouns) == len(positional):
         return []
-    if words[-2] in ("--config-dir", "--steps", "--prompts"):
-        return []
-    if command in ("eval", "replay", "rollout") and len(words) == 2:
-        return []  # the run's folder
     # A run has made its choices; a bare model is evaluated on any task.
-    has_choices = command != "eval" or (Path(words[1]) / "config.json").is_file()
+    has_choices = words[0] != "eval" or (Path(words[1]) / "config.json").is_file()
     groups = group_choices(_config_dir(words)) if has_choices else {}
     return _values(word, groups) if "=" in word else _names(word, groups)
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def _place(words: list[str], options: dict[str, argparse.Action]) -> int:
+    """Which of the command's words without a dash the last one is, from 0."""
+    place, is_value = 0, False
+    for word in words[:-1]:
+        if is_value or word.startswith("-"):
+            is_value = not is_value and word in options and options[word].nargs != 0
+        else:
+            place += 1
+    return place
 
 
 def _config_dir(words: list[str]) -> str:

@@ -1,6 +1,5 @@
 """What Tab offers."""
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,11 @@ import pytest
 
 from conf.schema import ExpanderKind
 from rl import completion
-from rl.cli import _parser, main
-from rl.completion import candidates
+from rl.cli import grove_parser, main
+
+
+def candidates(words: list[str]) -> list[str]:
+    return completion.candidates(words, grove_parser())
 
 
 @pytest.mark.parametrize(
@@ -49,19 +51,19 @@ from rl.completion import candidates
         (["check-reward", "mine.py:fine", "--model", ""], []),
         (["new", "reward", "brevity", "--level", "t"], ["trajectory", "tree"]),
         (["new", "reward", "brevity", "--"], ["--level", "--model", "--help"]),
-        ([], list(completion.COMMANDS)),
+        (["rollout", "out", "--format", ""], ["jsonl", "parquet"]),
+        (["rollout", "out", "--prompts", "4", "credit=grpo_"], ["credit=grpo_process"]),
     ],
 )
 def test_words_that_may_follow(words: list[str], found: list[str]):
     assert candidates(words) == found
 
 
-def test_every_command_and_option_of_the_parser_is_known():
-    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
-    assert set(completion.COMMANDS) == set(commands.choices)
-    for name, parser in commands.choices.items():
-        options = {option for action in parser._actions for option in action.option_strings if option != "-h"}
-        assert set(completion.OPTIONS[name]) == options
+def test_every_command_is_offered_in_the_order_of_the_help():
+    offered = candidates([])
+    help_text = grove_parser().format_help()
+    places = [help_text.index(f"\n    {command} ") for command in offered]
+    assert offered[0] == "train" and places == sorted(places)
 
 
 @pytest.mark.parametrize("option", [["--config-dir", "{}"], ["--config-dir={}"]])
