@@ -32,7 +32,7 @@ RAY_FILES = {
     "rl/launch.py",
 }
 MATHS = [
-    *("rl/credit/*.py", "rewards/blend.py", "rewards/matching.py"),
+    *("rl/credit/*.py", "rl/statistics.py", "rewards/blend.py", "rewards/matching.py"),
     *(f"rl/policy/{name}.py" for name in ("pack", "mask", "logprobs", "loss", "aggregate", "custom", "divergence")),
     *(f"rl/policy/{name}.py" for name in ("mismatch", "objective", "tree_credits")),
 ]
