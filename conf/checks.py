@@ -72,6 +72,7 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = (
     "rollout.temperature",
+    "rollout.turn_timeout_s",
     "rollout.tree_timeout_s",
     "rollout.start_timeout_s",
     "rollout.gpu_memory_share",

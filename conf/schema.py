@@ -744,6 +744,9 @@ class RolloutConfig:
     """Tokens of one path, prompt included."""
     temperature: float = 1.0
     top_p: float = 1.0
+    turn_timeout_s: float = 120.0
+    """Longest one turn may take, its sampling and the environment's answer together; it alone is then cut with
+    StopReason.deadline, and trajectories beside it go on."""
     tree_timeout_s: float = 300.0
     """Longest one tree may take; its open trajectories are then cut with StopReason.deadline."""
     batch_timeout_s: float = 0.0

@@ -49,7 +49,10 @@ class TransformersEngine:
     async def _serve(self) -> None:
         while self._waiting:
             await asyncio.sleep(0)  # let every sibling that is about to ask join this batch
-            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+            waiting = [request for request in self._waiting if not request.answer.cancelled()]
+            batch, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
+            if not batch:
+                break
             try:
                 sampled = await asyncio.to_thread(self._sample_batch, batch)
             except Exception as error:
@@ -86,6 +89,9 @@ class TransformersEngine:
             logits_BV = out.logits[:, -1].float().cpu()
             for row, request in enumerate(batch):
                 if stopped[row] or len(drawn[row]) >= request.sampling.max_tokens:
+                    continue
+                if request.answer.cancelled():  # nobody waits for it any more
+                    stopped[row] = True
                     continue
                 token, logprob = draw(logits_BV[row], request.sampling, generators[row])
                 drawn[row].append(token)

@@ -28,7 +28,8 @@ class StopReason(StrEnum):
     tool_crashed = "tool_crashed"
     """A tool raised or hung: the world failed, not the policy, so the trajectory trains nothing."""
     deadline = "deadline"
-    """The tree's time was up; the trajectory trains nothing."""
+    """The turn's time was up, or the tree's; the trajectory trains nothing. A turn that the engine had not answered by
+    then has no tokens."""
     not_chosen = "not_chosen"
     """A candidate of a step that another one won: its call was never made. It is trained, by what is said of steps, and
     its trajectory has no outcome."""

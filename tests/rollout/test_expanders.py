@@ -394,6 +394,16 @@ def test_mcts_grows_its_width_in_each_walk_that_ends_at_an_open_step():
 # Time that is up
 
 
+@kinds
+def test_a_turn_that_hangs_ends_alone_whatever_grows_around_it(cfg: RolloutConfig):
+    engine = WordEngine()
+    engine.delay_s = lambda rng: 30.0 if len(engine.requests) == 2 else 0.0
+    tree = grow(replace(cfg, turn_timeout_s=0.1), engine)
+    (late,) = [row for row, node in enumerate(tree.nodes) if node.stop is StopReason.deadline]
+    assert tree.nodes[late].action_ids == [] and late not in tree.trained_leaves()
+    assert tree.trained_leaves()
+
+
 def test_candidates_that_nobody_had_time_to_choose_from_train_all_the_same():
     cfg = replace(BASE, expander=ExpanderKind.comb, tree_timeout_s=0.2)
     tree = grow(cfg, judge=TokenJudge(delay_s=2.0))
@@ -412,6 +422,19 @@ def test_a_chosen_candidate_whose_tool_takes_too_long_trains_nothing():
     stops = [node.stop for node in tree.nodes]
     assert stops.count(StopReason.deadline) == 1 and stops.count(StopReason.not_chosen) == 4
     assert len(tree.trained_leaves()) == 4
+
+
+def test_a_chosen_candidate_whose_turn_takes_too_long_ends_its_comb():
+    @dataclass
+    class Slow(TurnEnvironment):
+        async def act(self, state: Any, action_ids: list[int], *, stopped: bool) -> Turn:
+            await asyncio.sleep(30.0)
+            return await self.read(state, action_ids, stopped=stopped)
+
+    tree = grow(replace(BASE, expander=ExpanderKind.comb, turn_timeout_s=0.1), environment=Slow())
+    (chosen,) = [node for node in tree.nodes if node.stop is StopReason.deadline]
+    assert chosen.action_ids and chosen.facts.kind is not StepKind.unread  # it had been read
+    assert len(tree.nodes) == 5 and len(tree.trained_leaves()) == 4
 
 
 def test_a_part_that_nobody_finished_in_time_trains_nothing():

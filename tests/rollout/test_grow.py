@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from conf.errors import DataError, ToolCrashed
 from conf.schema import ExpanderKind, RolloutConfig, TaskConfig
+from rollout.environment import Turn
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
 from rollout.health import check_tool_crashes
 from rollout.tree import ROOT, Tree
-from rollout.types import StopReason
+from rollout.types import Sampled, Sampling, StopReason
 
 CHAINS = RolloutConfig(expander=ExpanderKind.chains, num_leaves=3, max_steps=4, max_context_tokens=64)
 
@@ -81,6 +82,69 @@ def test_the_deadline_cuts_what_is_open_and_keeps_what_ended():
     tree = grow(replace(CHAINS, tree_timeout_s=0.3), slow)
     assert {tree.nodes[leaf].stop for leaf in tree.leaves()} == {StopReason.deadline}
     assert tree.trained_leaves() == []
+
+
+def one_slow_turn_in(num: int) -> FakeEngine:
+    """Every `num`-th request hangs, the first of them first."""
+    engine = always(GO)
+    engine.delay_s = lambda rng: 30.0 if len(engine.requests) % num == 1 else 0.0
+    return engine
+
+
+def test_a_turn_that_takes_too_long_is_cut_alone_and_the_trajectories_beside_it_go_on():
+    tree = grow(replace(CHAINS, turn_timeout_s=0.1), one_slow_turn_in(100))
+    (late,) = [row for row, node in enumerate(tree.nodes) if node.stop is StopReason.deadline]
+    assert (tree.nodes[late].parent, tree.nodes[late].action_ids) == (ROOT, [])  # nothing had come of it
+    assert [tree.nodes[leaf].stop for leaf in tree.trained_leaves()] == [StopReason.max_steps] * 2
+    assert len(tree.nodes) == 1 + 2 * 4
+
+
+def test_a_request_whose_time_is_up_is_cancelled_in_the_engine():
+    class Hanging(FakeEngine):
+        cancelled = 0
+
+        async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
+            try:
+                return await super().sample(context_ids, sampling)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+
+    engine = Hanging(delay_s=lambda rng: 30.0)
+    tree = grow(replace(CHAINS, turn_timeout_s=0.05), engine)
+    assert engine.cancelled == 3 and tree.trained_leaves() == []
+
+
+class SlowTool(LetterEnvironment):
+    """Answers the second turn of a trajectory much later."""
+
+    async def act(self, state: int, action_ids: list[int], *, stopped: bool) -> Turn:
+        await asyncio.sleep(30.0 if state == 1 else 0.0)
+        return await super().act(state, action_ids, stopped=stopped)
+
+
+def test_a_turn_that_the_environment_does_not_answer_in_time_keeps_its_tokens_and_trains_nothing():
+    cfg = replace(CHAINS, turn_timeout_s=0.1)
+    tree = asyncio.run(grow_tree(prompt(), always(GO), SlowTool(), build_expander(cfg, 0), cfg, 0))
+    assert [tree.nodes[leaf].stop for leaf in tree.leaves()] == [StopReason.deadline] * 3
+    assert {tuple(tree.nodes[leaf].action_ids) for leaf in tree.leaves()} == {(GO,)}
+    assert tree.trained_leaves() == []
+
+
+def test_a_time_out_of_somebody_else_is_no_deadline_of_ours():
+    class Broken(LetterEnvironment):
+        async def act(self, state: int, action_ids: list[int], *, stopped: bool) -> Turn:
+            raise TimeoutError("a socket")
+
+    with pytest.raises(TimeoutError, match="a socket"):
+        asyncio.run(grow_tree(prompt(), always(GO), Broken(), build_expander(CHAINS, 0), CHAINS, 0))
+
+
+def test_a_path_that_the_world_does_not_answer_again_in_time_is_no_place_to_go_on_from():
+    tree = grow(engine=always(GO))
+    steps, cfg = [tree.nodes[row] for row in tree.path(1)], replace(CHAINS, turn_timeout_s=0.1)
+    with pytest.raises(TimeoutError):
+        asyncio.run(complete_path(tree.prompt, steps, 2, FakeEngine(), SlowTool(), cfg, 0))
 
 
 def test_a_crashed_tool_ends_its_trajectory_untrained():

@@ -59,6 +59,19 @@ def test_tokens_do_not_depend_on_the_batch_a_request_was_in(folder: Path):
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
 
 
+def test_a_request_that_nobody_waits_for_any_more_is_not_sampled_on(folder: Path):
+    engine = TransformersEngine(Config(), str(folder))
+
+    async def cut_short() -> Sampled:
+        endless = asyncio.create_task(engine.sample(CONTEXT, Sampling(max_tokens=100_000, seed=0)))
+        await asyncio.sleep(0.2)
+        endless.cancel()
+        return await engine.sample(CONTEXT, Sampling(max_tokens=2, seed=1))
+
+    sampled = asyncio.run(asyncio.wait_for(cut_short(), 30))  # 100,000 tokens take minutes
+    assert len(sampled.token_ids) == 2
+
+
 def test_the_stop_token_ends_a_step_and_is_kept(folder: Path):
     engine = TransformersEngine(Config(), str(folder))
     (free,) = sample_all(engine, [(CONTEXT, Sampling(max_tokens=6, seed=1))])
