@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,26 @@ from rewards.models.actor import ActorModel
 from rewards.models.base import ModelError
 from rewards.service import RewardService
 from rewards.types import ScoredTree
+from rollout.balance import at_home
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.worker import send_output_to
 
 COMPLETION_TRIES = 3
+HOME_SLACK = 8
+"""Completions that a worker may have under way beyond the least busy one's before others are asked."""
 RESTART_PAUSE_S = 5.0
 """What a worker that is being replaced is given before its completions are asked of the others again."""
 
 
 class WorkerCompleter:
-    """Goes on from steps with the rollout workers; the one with the fewest completions under way is asked."""
+    """Goes on from steps with the rollout workers: all that goes on from one prompt on the same worker, which then has
+    the steps before in its prefix cache, unless others have much less to do."""
 
     def __init__(self, workers: Sequence[Any], rollout: RolloutConfig) -> None:
         self._rollout = rollout
-        self._running = dict.fromkeys(workers, 0)
+        self._workers = list(workers)
+        self._running = [0.0] * len(self._workers)
 
     async def complete(self, tree: Tree, row: int, num: int) -> Tree:
         """As `rewards.engine.Completer.complete`."""
@@ -40,23 +46,24 @@ class WorkerCompleter:
         path = hashlib.blake2b(content, digest_size=8).hexdigest()
         seed = derive_seed("complete", tree.prompt.id, version, path)
         for number in range(1, COMPLETION_TRIES + 1):
-            worker = min(self._running, key=self._running.__getitem__)
-            self._running[worker] += 1
+            place = at_home(tree.prompt.id, self._running, HOME_SLACK)
+            self._running[place] += 1
             try:
-                call = worker.complete.remote(tree.prompt, steps, num, self._rollout, seed)
+                call = self._workers[place].complete.remote(tree.prompt, steps, num, self._rollout, seed)
                 return await asyncio.wait_for(call, self._rollout.tree_timeout_s)
             except TimeoutError:
                 raise TimeoutError(
                     f"no {num} completions within rollout.tree_timeout_s={self._rollout.tree_timeout_s:g}"
                 ) from None
             except RayActorError as error:
+                self._running[place] = math.inf  # whoever takes its place comes with `use_workers`
                 if number == COMPLETION_TRIES:
                     raise ModelError(f"no rollout worker was left to go on with: {error}") from error
                 await asyncio.sleep(RESTART_PAUSE_S)
             except RayTaskError as error:
                 raise ModelError(f"going on from a step failed: {error.cause}") from error
             finally:
-                self._running[worker] -= 1
+                self._running[place] -= 1
         raise AssertionError("the last try returns or raises")
 
 

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from conf.errors import WaitTimeout, WorkerLost
 from conf.schema import Config, RolloutConfig
+from rollout.balance import least_busy
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampled, Sampling
@@ -166,16 +167,15 @@ class RolloutPool:
     ) -> None:
         """Give each next prompt to the worker with the least to do, up to `share` trees at a time."""
 
-        def load(worker: _Worker) -> float:
-            return sum(len(prompts[index].token_ids) + self._tree_tokens for index in worker.trees.values())
+        def expected(worker: _Worker) -> list[float]:
+            return [len(prompts[index].token_ids) + self._tree_tokens for index in worker.trees.values()]
 
         with self._changing:
             while waiting:
-                free = [worker for worker in self._workers if len(worker.trees) < share]
-                if not free:
+                place = least_busy([expected(worker) for worker in self._workers], share)
+                if place is None:
                     return
-                worker = min(free, key=lambda each: (load(each), len(each.trees)))
-                index = waiting.popleft()
+                worker, index = self._workers[place], waiting.popleft()
                 tree_seed = derive_seed(seed, prompts[index].id, index)
                 worker.trees[worker.actor.grow.remote(prompts[index], rollout, tree_seed)] = index
 
