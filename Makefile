@@ -45,9 +45,9 @@ demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
 	@echo "Open $(RUN)/report.html: the curve, the settings, and one tree with the reward and credit of each step."
 
 test: install ## run all tests; those that need a CUDA device are skipped without one
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -n auto --dist loadgroup $(ARGS)
 
-test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about two minutes
+test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about a minute
 	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
 
 chaos: install ## 50 steps whose workers are killed every 5, against an undisturbed run; minutes

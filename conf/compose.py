@@ -99,8 +99,9 @@ def compose(overrides: list[str], config_dir: str = "") -> Config:
     complaints = _Complaints()
     _check_config_dir(config_dir)
     choices, values = _sort_overrides(_parse(overrides, complaints), config_dir, complaints)
-    layers = [*_file_layers(choices, config_dir), *values]
-    return _build(layers, complaints)
+    # Grove's own files do not change while it runs; a user's may, between two calls.
+    files = _file_layers(choices, config_dir) if config_dir else _own_layers(tuple(choices))
+    return _build([*files, *values], complaints)
 
 
 def from_yaml(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -211,6 +212,11 @@ def _check_config_dir(config_dir: str) -> None:
             )
 
 
+@cache
+def _own_layers(choices: tuple[str, ...]) -> list[Layer]:
+    return _file_layers(list(choices), "")
+
+
 def _file_layers(choices: list[str], config_dir: str) -> list[Layer]:
     """The YAML files that the defaults list asks for, in the order they apply."""
     arguments = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
@@ -270,7 +276,7 @@ def _build(layers: Iterable[Layer], complaints: _Complaints) -> Config:
             _merge(merged, reader.record(layer.values, Config, ""))
     complaints.require_none()
     try:
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        made = OmegaConf.to_object(OmegaConf.merge(_defaults(), merged))
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'a setting'}: {reason}. Check its ${{...}}.") from error
@@ -381,6 +387,12 @@ class _Reader:
             f"{key} ({self.origin}) is no setting: it would change nothing. "
             f"{hint or 'List all settings with: grove config --keys'}"
         )
+
+
+@cache
+def _defaults() -> DictConfig:
+    """Every default, to merge onto; merging copies it."""
+    return OmegaConf.structured(Config)
 
 
 @cache

@@ -57,8 +57,16 @@ def shared_data() -> Path:
     return folder
 
 
+NEEDS_THE_MACHINE = ("ray", "vllm", "slow")
+"""Markers of tests that start processes of their own: they run one after another, beside those that do not."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run: `gpu` without a CUDA device, `vllm` where vLLM is not installed."""
+    """Skip what this machine cannot run, `gpu` without a CUDA device and `vllm` where vLLM is not installed; of several
+    test processes (`pytest -n 2 --dist loadgroup`) let one alone run what needs the machine."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in NEEDS_THE_MACHINE):
+            item.add_marker(pytest.mark.xdist_group("machine"))
     marked_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if marked_gpu and not _has_cuda():
         for item in marked_gpu:

@@ -20,6 +20,8 @@ from rl.run_folder import open_run_folder
 from rl.run_folder import settings as plain
 from rl.shares import recorded_trees, shares_of
 
+pytestmark = pytest.mark.slow
+
 PAGE = "docs/new_method.md"
 OVERRIDES = ["experiment=hop_search", "credit=shrunk"]
 

@@ -157,6 +157,7 @@ def test_source_that_hangs_is_killed_and_timed_out_while_the_others_score(serve,
         assert each.step_signals["step"][0].status is ScoreStatus.timed_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "args", "reason"),
     [

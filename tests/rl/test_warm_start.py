@@ -131,6 +131,7 @@ def test_settings_that_cannot_be_trained_are_refused(tmp_path: Path, change: Cal
         warm_started_model(config)
 
 
+@pytest.mark.slow
 def test_importing_the_module_imports_neither_trl_nor_datasets():
     code = "import sys, rl.warm_start; assert not {'trl', 'datasets', 'accelerate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

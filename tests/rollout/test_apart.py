@@ -23,6 +23,8 @@ from rollout.toolbox import task_tools
 from rollout.tools import Tool, ToolOutcome, ToolReply
 from rollout.types import Prompt, StopReason
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 TOOLS = '''
 import asyncio, ctypes, os, subprocess, sys, time
 from pathlib import Path

@@ -78,6 +78,7 @@ def test_the_index_is_made_once_and_anew_when_the_file_or_a_setting_changes(
     assert find(config, "else").text == "[1] something else"
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_make_one_index(tmp_path: Path):
     config = corpus(tmp_path)
     with multiprocessing.get_context("spawn").Pool(2) as pool:

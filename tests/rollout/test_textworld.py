@@ -29,9 +29,12 @@ from rollout.types import Prompt, StopReason
 from rollout.world import ThreadHost, WorldEnvironment
 from rollout.world_process import ProcessHost
 
-pytestmark = pytest.mark.skipif(
-    find_spec("textworld") is None, reason="needs the package textworld: pip install -r requirements/envs.txt"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("textworld") is None, reason="needs the package textworld: pip install -r requirements/envs.txt"
+    ),
+]
 GROW = RolloutConfig(
     expander=ExpanderKind.beam_forks,
     num_leaves=4,

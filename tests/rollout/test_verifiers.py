@@ -21,9 +21,12 @@ from rollout.grow import grow_tree
 from rollout.types import Prompt, StopReason
 from rollout.world import ThreadHost, WorldEnvironment
 
-pytestmark = pytest.mark.skipif(
-    find_spec("verifiers") is None, reason="needs the package verifiers: pip install -r requirements/envs.txt"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("verifiers") is None, reason="needs the package verifiers: pip install -r requirements/envs.txt"
+    ),
+]
 
 SUMS = f"{Path(__file__).parents[2]}/examples/verifiers_taskset.py:Sums"
 CONFIG = VerifiersConfig(taskset=SUMS, args={"num_tasks": 20})
