@@ -129,6 +129,17 @@ def to_yaml(cfg: Config) -> str:
 # Overrides
 
 
+def parsed(overrides: list[str]) -> list[Override]:
+    """Overrides as Hydra reads them, those with several values for a sweep among them.
+
+    Raises: ConfigError naming those that Hydra cannot read.
+    """
+    complaints = _Complaints()
+    found = _parse(overrides, complaints)
+    complaints.require_none()
+    return found
+
+
 def _parse(overrides: list[str], complaints: _Complaints) -> list[Override]:
     parser, parsed = OverridesParser.create(), []
     for text in overrides:
@@ -152,8 +163,9 @@ def _sort_overrides(
     for override in overrides:
         if override.is_sweep_override():
             complaints.add(
-                f'"{override.input_line}" lists several values, but one run has one configuration. Start one run for '
-                f"each, write a list as [a,b], or quote a text with commas: '{override.key_or_group}=\"a, b\"'."
+                f'"{override.input_line}" lists several values, but one run has one configuration. `grove train -m` '
+                f"trains one run for each; or write a list as [a,b], or quote a text with commas: "
+                f"'{override.key_or_group}=\"a, b\"'."
             )
         elif override.value() == {} and entry_kind(kind_of(override.key_or_group)) is not None:
             complaints.add(

@@ -403,6 +403,37 @@ class TrackerMode(Enum):
     disabled = "disabled"
 
 
+class SearchKind(Enum):
+    """How the members of a sweep are chosen."""
+
+    grid = "grid"
+    """Every combination of what varies."""
+    optuna = "optuna"
+    """Trial by trial, by what earlier trials came to (Optuna)."""
+
+
+class Inapplicable(Enum):
+    """What becomes of a member of a sweep that cannot run, as one that sets the weight of a term its recipe lacks."""
+
+    refuse = "refuse"
+    """Nothing starts."""
+    skip = "skip"
+    """It is reported and not trained."""
+    drop = "drop"
+    """What varies of a part that the member lacks is left out, and members that become equal are one. Those that cannot
+    run for another reason are skipped."""
+
+
+class Pruner(Enum):
+    """When a trial of a search is given up."""
+
+    none = "none"
+    median = "median"
+    """When it is below the median of the earlier trials at the same point."""
+    asha = "asha"
+    """When it is not among the best third of those at the same point (asynchronous successive halving, 1810.05934)."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """How long a run is and where it writes."""
@@ -1120,6 +1151,39 @@ class TrackerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """Several runs by one command, `grove train -m`. What varies stands on the command line: seed=1,2,3."""
+
+    vary: dict[str, str] = field(default_factory=dict)
+    """Setting to its values, as on the command line, e.g. {seed: "0,1,2"}; for presets. The command line wins."""
+    dir: str = ""
+    """Folder of the sweep, with a run folder for each member; "" is runs/sweeps/ and run.name with what varies."""
+    parallel: int = 1
+    """Members that run at once. Each is a process with a Ray of its own, or a driver that joins cluster.address."""
+    max_retries: int = 1
+    """Times that a member which failed goes on from its checkpoint. A wrong configuration is not tried again."""
+    retry_failed: bool = False
+    """Try members again that failed when the same sweep ran before."""
+    inapplicable: Inapplicable = Inapplicable.refuse
+    max_silent_s: float = 7200.0
+    """Longest time that a member may say nothing, in its log or its metrics, before it is stopped and has failed."""
+    stop_timeout_s: float = 120.0
+    """Longest wait for a member that was stopped to write its checkpoint; then it is killed."""
+    search: SearchKind = SearchKind.grid
+    num_trials: int = 20
+    """Combinations that a search tries; each is trained with every seed of seed=..."""
+    metric: str = "eval/success_share"
+    """Metric that a search improves, in the direction that the metric declares: its value after
+    run.max_generated_tokens, between two evaluations by a straight line, or the last one without such a limit."""
+    pruner: Pruner = Pruner.median
+    num_checks: int = 4
+    """Points at which a search asks whether to give a trial up, equally far apart in generated tokens, or in steps
+    without run.max_generated_tokens. A trial is judged by its first seed."""
+    startup_trials: int = 5
+    """Trials that a search draws at random, and that are not given up, before it has seen enough to compare."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """One run."""
 
@@ -1137,3 +1201,4 @@ class Config:
     prm: PrmConfig = field(default_factory=PrmConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)

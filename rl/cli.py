@@ -10,11 +10,8 @@ from pathlib import Path
 
 from conf.errors import ConfigError, GroveError
 from rl.commands import check_reward, completion, config, evaluate, new, replay, report, rollout, train
-from rl.commands.shared import RED, YELLOW, print_lines, say
+from rl.commands.shared import INTERRUPTED, RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
-
-INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C ended, as shells have it."""
 
 COMMANDS = (train, evaluate, rollout, report, replay, check_reward, new, config, completion)
 """In the order of the help."""

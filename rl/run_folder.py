@@ -95,8 +95,8 @@ class RunFolder:
         return sorted(self.trees.glob("step_*.jsonl.gz"))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json in one move: a reader sees the old one or the new one, never a half."""
-        _write_json(self.summary, summary)
+        """Write summary.json."""
+        write_json(self.summary, summary)
 
     def read_summary(self) -> dict[str, Any]:
         """The summary, or {} while the run has none."""
@@ -128,7 +128,7 @@ def open_run_folder(path: Path, config: Mapping[str, Any], *, resume: bool = Fal
         for place in (folder.trees, folder.checkpoints, folder.logs):
             place.mkdir(parents=True, exist_ok=True)
         _write(folder.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        _write_json(folder.versions, installed_versions())
+        write_json(folder.versions, installed_versions())
     except OSError as error:
         raise ConfigError(
             f"run.dir={path} cannot be written ({error}): a run that leaves nothing behind is lost. "
@@ -172,7 +172,8 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file in one move: a reader sees the old one or the new one, never a half."""
     _write(path, json.dumps(value, indent=2) + "\n")
 
 

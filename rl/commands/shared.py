@@ -17,6 +17,9 @@ from rl.completion import SETTINGS
 
 RED, YELLOW, PLAIN = "\033[31m", "\033[33m", "\033[0m"
 
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C ended, as shells have it."""
+
 Commands = Any
 """What `argparse.ArgumentParser.add_subparsers` returns."""
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from rl.commands.shared import Commands, add_command, add_settings, print_summary, warn
+from rl.commands.shared import (
+    INTERRUPTED,
+    YELLOW,
+    Commands,
+    add_command,
+    add_settings,
+    print_lines,
+    print_summary,
+    say,
+    warn,
+)
 
 TRAIN = """\
 Trains a policy. The configuration is checked first; all problems are shown together, before anything is started.
 Everything is written to run.dir: resolved settings, metrics, scored trees, checkpoints, curve and report.
+
+With -m settings may name several values, and every combination is trained: a,b or choice(a,b), range(0,3), glob(tree*).
+The same command once more goes on with a sweep that was stopped; finished members are not trained again.
 """
 
 TRAIN_EXAMPLES = """\
@@ -19,16 +32,21 @@ examples:
   grove train 'rewards.sources.brief={fn: my_rewards.py:brief, weight: 0.2}'
   grove train ~rewards.sources.tool_success              leave one source out
   grove train --config-dir my_conf experiment=mine       groups and experiments of your own
+  grove train -m experiment=hop_search credit=tree_step,grpo seed=1,2,3
+  grove train -m experiment=hop_search sweep=optuna 'learner.learning_rate=tag(log, interval(1e-4, 1e-2))'
 """
 
 
 def add(commands: Commands) -> None:
     """Declare the command."""
     parser = add_command(commands, "train", _train, summary="train a policy", about=TRAIN, examples=TRAIN_EXAMPLES)
+    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: one run for each combination of values")
     add_settings(parser)
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        return _sweep(arguments)
     from conf.checks import require_runnable
     from conf.compose import compose
 
@@ -38,3 +56,25 @@ def _train(arguments: argparse.Namespace) -> int:
 
     print_summary(train(cfg))
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from conf.sweep import read_sweep
+    from rl.sweeps.record import Status
+    from rl.sweeps.run import run_sweep
+
+    sweep = read_sweep(arguments.overrides, arguments.config_dir)
+    try:
+        record = run_sweep(sweep, warn)
+    except KeyboardInterrupt:
+        say(f"stopped. The same command goes on with the sweep in {sweep.folder}.", YELLOW)
+        return INTERRUPTED
+    failed = record.count(Status.failed)
+    if failed:
+        say(
+            f"{failed} of {len(record.members)} members failed. Their logs: {record.path}/MEMBER/logs/train.log. The "
+            f"same command with sweep.retry_failed=true tries them again.",
+            YELLOW,
+        )
+    print_lines([f"compare: grove compare {record.path}"])
+    return 1 if failed else 0

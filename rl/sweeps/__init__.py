@@ -1,0 +1,1 @@
+"""Several runs by one command: planned, checked together, run, recorded, resumed."""
