@@ -101,6 +101,7 @@ NOT_NEGATIVE = (
     "run.eval_temperature",
     "run.checkpoint_every_steps",
     "run.record_every_steps",
+    "run.max_restarts",
     "rollout.expand_rounds",
     "rollout.keep_leaves",
     "rollout.max_worker_restarts",

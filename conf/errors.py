@@ -43,6 +43,10 @@ class WorkerLost(GroveError, RuntimeError):
     """A rollout worker died more often than the run may restart one."""
 
 
+class EngineLost(GroveError, RuntimeError):
+    """An engine that can sample no more; its worker is replaced."""
+
+
 class WaitTimeout(GroveError, TimeoutError):
     """Something awaited did not come within its limit."""
 

@@ -460,6 +460,9 @@ class RunConfig:
     """Write the scored trees of each so many steps to trees/; 0 to write none."""
     resume: bool = False
     """Continue the run in run.dir from its newest intact checkpoint."""
+    max_restarts: int = 3
+    """How often the run is started again from its last checkpoint after its process was killed or a part was lost that
+    it cannot replace (a learner process, Ray); 0 trains in the process you start."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from conf.errors import EngineLost
 from conf.schema import RewardsConfig, RolloutConfig
 from rewards.models.actor import ActorModel
 from rewards.models.base import ModelError
@@ -56,11 +58,14 @@ class WorkerCompleter:
                     f"no {num} completions within rollout.tree_timeout_s={self._rollout.tree_timeout_s:g}"
                 ) from None
             except RayActorError as error:
-                self._running[place] = math.inf  # whoever takes its place comes with `use_workers`
+                self._running[place] = math.inf  # whoever takes its place comes with the next tree
                 if number == COMPLETION_TRIES:
                     raise ModelError(f"no rollout worker was left to go on with: {error}") from error
                 await asyncio.sleep(RESTART_PAUSE_S)
             except RayTaskError as error:
+                if isinstance(error.cause, EngineLost) and number < COMPLETION_TRIES:
+                    self._running[place] = math.inf
+                    continue
                 raise ModelError(f"going on from a step failed: {error.cause}") from error
             finally:
                 self._running[place] -= 1
@@ -84,18 +89,33 @@ class RewardActor:
             send_output_to(Path(log_path))
         cache = Path(cache_path) if cache_path else None
         self._service = RewardService(cfg, columns, models=models, cache_path=cache)
-
-    async def use_workers(self, workers: Sequence[Any], rollout: RolloutConfig) -> None:
-        """From now on, go on from steps with these rollout workers."""
-        self._service.use_completer(WorkerCompleter(workers, rollout))
+        self._workers: list[Any] = []
 
     async def judge(self, source: str, tree: Tree, rows: list[int]) -> list[float | None]:
         """What a source says of steps of a tree that still grows."""
         return await self._service.judge(source, tree, rows)
 
-    async def score(self, tree: Tree, sources: Collection[str] | None = None) -> ScoredTree:
-        """Score one tree, by these sources or by all."""
+    async def score(
+        self,
+        tree: Tree,
+        sources: Collection[str] | None = None,
+        workers: Sequence[Any] = (),
+        rollout: RolloutConfig | None = None,
+    ) -> ScoredTree:
+        """Score one tree, by these sources or by all.
+
+        Args:
+            workers, rollout: who goes on from steps from now on. They come with every tree, since one that is scored
+                after this actor was lost and made anew finds nothing that was said before.
+        """
+        if rollout is not None and list(workers) != self._workers:
+            self._workers = list(workers)
+            self._service.use_completer(WorkerCompleter(self._workers, rollout))
         return await self._service.score(tree, sources)
+
+    async def pid(self) -> int:
+        """Process id: another once Ray had to make the actor anew."""
+        return os.getpid()
 
     async def ping(self) -> bool:
         """True: the actor is up and its sources are loaded."""

@@ -8,10 +8,11 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from conf.errors import ConfigError, GroveError
+from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost
 from rl.commands import check_reward, completion, config, evaluate, new, replay, report, rollout, train
 from rl.commands.shared import INTERRUPTED, RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
+from rl.supervisor import LOST, TRAIN_HERE
 
 COMMANDS = (train, evaluate, rollout, report, replay, check_reward, new, config, completion)
 """In the order of the help."""
@@ -43,14 +44,15 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
-    Returns: 0; 2 for a configuration that cannot run; 1 for what went wrong on the way; 130 after Ctrl-C.
+    Returns: 0; 2 for a configuration that cannot run; 75 when a part was lost, so that trying again may help; 1 for
+    whatever else went wrong on the way; 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
         return _run(words)
     except GroveError as error:
         say(f"error: {error}", RED)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError) else LOST if isinstance(error, (WorkerLost, WaitTimeout)) else 1
     except KeyboardInterrupt:
         say("stopped. The same command with run.resume=true continues a training run.", YELLOW)
         return INTERRUPTED
@@ -65,7 +67,8 @@ def _run(words: list[str]) -> int:
         print_lines(candidates(words[1:], grove_parser()))
         return 0
     parser = grove_parser()
-    arguments, more = parser.parse_known_args(words)
+    is_supervised = words[:1] == [TRAIN_HERE]
+    arguments, more = parser.parse_known_args(["train", *words[1:]] if is_supervised else words)
     wrong = [word for word in more if word.startswith("-") or SETTINGS not in arguments]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -75,7 +78,7 @@ def _run(words: list[str]) -> int:
         parser.print_help()
         return 0
     _find_packages_here()
-    return arguments.run(arguments)
+    return train.train_here(arguments) if is_supervised else arguments.run(arguments)
 
 
 def _find_packages_here() -> None:

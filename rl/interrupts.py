@@ -31,6 +31,19 @@ def end_as_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def handed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
+    """Interrupts go to another process instead of this one; yields the list of those that came."""
+    came: list[int] = []
+
+    def hand_on(number: int) -> None:
+        came.append(number)
+        send(number)
+
+    with _handled(INTERRUPTS, hand_on):
+        yield came
+
+
+@contextlib.contextmanager
 def _handled(signals: Iterable[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
     # nohup and a shell's `&` have signals ignored on purpose, and so they stay
     heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from conf.errors import ConfigError, WaitTimeout
+from conf.errors import ConfigError, WaitTimeout, WorkerLost
 from conf.schema import Config, ModelKind
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
@@ -33,6 +33,8 @@ from rollout.waiting import wait_all
 logger = logging.getLogger(__name__)
 
 CLOSE_LIMIT_S = 10.0
+SERVICE_RESTARTS = 3
+"""How often Ray makes a lost reward service anew; it scores the trees again that it had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Scoring:
         # A plain function that hangs is asked again, without the step that it hung at.
         self._longest_s = sum(source.timeout_s * MAX_PLAIN_TRIES for source in sources)
         self._asks_workers = any(ENGINE in source.services for source in sources)
-        self._workers: list[Any] = []
+        self._pid = 0
 
     def submit(self, trees: Iterable[tuple[int, Tree]], sources: Collection[str] | None = None) -> dict[int, Any]:
         """Hand trees over as they arrive, so that scoring overlaps growing.
@@ -89,10 +91,8 @@ class Scoring:
         """
         calls = {}
         for index, tree in trees:
-            if self._asks_workers and self._workers != self._pool.actors():
-                self._workers = self._pool.actors()
-                self._actor.use_workers.remote(self._workers, self._cfg.rollout)
-            calls[index] = self._actor.score.remote(tree, sources)
+            asked = (self._pool.actors(), self._cfg.rollout) if self._asks_workers else ()
+            calls[index] = self._actor.score.remote(tree, sources, *asked)
         return calls
 
     def collect(self, calls: dict[int, Any]) -> list[ScoredTree]:
@@ -103,8 +103,17 @@ class Scoring:
         rewards = self._cfg.rewards
         limit_s = 60.0 + rewards.setup_timeout_s + len(calls) * self._longest_s
         scored = wait_all([calls[index] for index in sorted(calls)], limit_s=limit_s, what="the reward service")
+        self._tell_restart()
         check_failure_budget(scored, self._cfg.rewards)
         return scored
+
+    def _tell_restart(self) -> None:
+        (pid,) = wait_all([self._actor.pid.remote()], limit_s=CLOSE_LIMIT_S, what="the reward service")
+        if self._pid not in (0, pid):
+            logger.warning(
+                "the reward service was lost (process %d) and made anew; the trees it had were scored again", self._pid
+            )
+        self._pid = pid
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +133,17 @@ class Parts:
 def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool = True) -> Iterator[Parts]:
     """Ray, the reward service, the learner and the rollout workers; all stopped on the way out.
 
-    Raises: ConfigError, WaitTimeout, WorkerLost when a part does not come up.
+    Raises: ConfigError, WaitTimeout, WorkerLost when a part does not come up or is lost for good.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ray(cfg))
+        stack.enter_context(_losses_told())
         share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
         engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
         reward_log = str(log_dir / "reward_service.log")
         models = stack.enter_context(_reward_models(cfg, log_dir, share))
         cache = str(log_dir.parent / "reward_cache.sqlite")
-        options = {"num_cpus": 0, "max_concurrency": 1000}
+        options = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": SERVICE_RESTARTS, "max_task_retries": -1}
         reward_actor = RewardActor.options(**options).remote(cfg.rewards, None, reward_log, models, cache)
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = prm = None
@@ -175,6 +185,18 @@ def _reward_models(cfg: Config, log_dir: Path, share: GpuShare) -> Iterator[dict
     finally:
         for name, model in started.items():
             _close_actor(model.handle, f"rewards.models.{name}")
+
+
+@contextlib.contextmanager
+def _losses_told() -> Iterator[None]:
+    """What Ray raises when a process or a machine is gone, as Grove's own error; a bug in an actor stays as it is."""
+    try:
+        yield
+    except RayError as error:
+        if isinstance(error, RayTaskError):
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WorkerLost(f"a process of the run is gone ({first_line}): the run cannot go on without it.") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from conf.errors import WaitTimeout, WorkerLost
+from conf.errors import EngineLost, WaitTimeout, WorkerLost
 from conf.schema import Config, RolloutConfig
 from rollout.balance import least_busy
 from rollout.seeds import derive_seed
@@ -25,6 +25,9 @@ from rollout.waiting import value_of, wait_all, wait_some
 from rollout.worker import start_worker
 
 logger = logging.getLogger(__name__)
+
+LOST = (RayActorError, EngineLost)
+"""What a call of a worker raises that can do no more."""
 
 CLOSE_LIMIT_S = 20.0
 WEIGHTS_LIMIT_S = 600.0
@@ -112,7 +115,7 @@ class RolloutPool:
                 actor = worker.actor
                 try:
                     tree = value_of(ref)
-                except RayActorError as error:
+                except LOST as error:
                     self._replace(worker, actor, str(error).splitlines()[0])
                     continue
                 self._tree_tokens += (tree.num_generated_tokens() - self._tree_tokens) / 16
@@ -132,7 +135,7 @@ class RolloutPool:
             for worker, actor, ref in calls:
                 try:
                     wait_all([ref], limit_s=WEIGHTS_LIMIT_S, what=f"worker {worker.number} to load weights {version}")
-                except RayActorError as error:
+                except LOST as error:
                     self._replace(worker, actor, str(error).splitlines()[0])
 
     def sample_everywhere(self, requests: Sequence[tuple[list[int], Sampling]]) -> list[list[Sampled]]:
@@ -149,7 +152,7 @@ class RolloutPool:
             try:
                 call = actor.sample.remote(requests)
                 return wait_all([call], limit_s=WEIGHTS_LIMIT_S, what=f"worker {worker.number} to sample")[0]
-            except RayActorError as error:
+            except LOST as error:
                 self._replace(worker, actor, str(error).splitlines()[0])
                 if worker not in self._workers:
                     worker = self._workers[0]
@@ -253,7 +256,7 @@ class RolloutPool:
                     limit_s=WEIGHTS_LIMIT_S,
                     what=f"a new worker to load weights {version}",
                 )
-        except RayActorError as error:
+        except LOST as error:
             raise WorkerLost(
                 f"a rollout worker died while loading the model ({str(error).splitlines()[0]}). "
                 f"Its log is in {self._log_dir}."

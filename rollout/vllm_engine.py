@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,10 +34,14 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from conf.errors import EngineLost
 from conf.schema import Config
 from rollout.types import Sampled, Sampling
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -163,22 +168,33 @@ class VllmEngine:
         """Continue `context_ids` by one step; see `rollout.engine.Engine`."""
         version = self.version
         request = TokensPrompt(prompt_token_ids=context_ids)
-        output = await self._served.generate(request, _params(sampling), f"step-{next(self._ids)}")
+        with _or_lost():
+            output = await self._served.generate(request, _params(sampling), f"step-{next(self._ids)}")
         return _sampled(output, version)
 
     async def load_weights(self, path: str, version: int) -> None:
         """Swap the weights in place; running requests are preempted and go on under the new ones."""
-        if not self._transfer_ready:
-            await self._served.init_transfer()
-            self._transfer_ready = True
-        # vLLM keeps cached keys and values of the old weights unless told otherwise.
-        dropped = await self._served.swap_weights(path, str(version))
+        with _or_lost():
+            if not self._transfer_ready:
+                await self._served.init_transfer()
+                self._transfer_ready = True
+            # vLLM keeps cached keys and values of the old weights unless told otherwise.
+            dropped = await self._served.swap_weights(path, str(version))
         assert dropped, "the prefix cache must go with the weights that filled it"
         self.version = version
 
     async def close(self) -> None:
         """Stop vLLM's threads and child processes and release its shared memory."""
         await self._served.close()
+
+
+@contextlib.contextmanager
+def _or_lost() -> Iterator[None]:
+    """Tell that the engine's own processes are gone in Grove's words, so that the pool replaces the worker."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLost(f"vLLM's engine process ended ({error})") from error
 
 
 def serve(args: AsyncEngineArgs, *, own_processes: bool = False) -> OwnProcesses | ThisProcess:
@@ -292,7 +308,9 @@ class ThisProcess:
             try:
                 outputs = self._engine.step()
             except Exception as error:  # the engine's state is unknown now: everything it holds is lost
-                self._resolve([(answer, error) for answer in self._waiting.values()])
+                logger.exception("the engine's step failed")
+                lost = EngineLost(f"vLLM's step failed ({type(error).__name__}: {error})")
+                self._resolve([(answer, lost) for answer in self._waiting.values()])
                 self._waiting.clear()
                 continue
             finished = [(self._waiting.pop(each.request_id, None), each) for each in outputs if each.finished]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rl.commands.shared import (
     INTERRUPTED,
@@ -52,9 +53,20 @@ def _train(arguments: argparse.Namespace) -> int:
 
     cfg = compose(arguments.overrides, arguments.config_dir)
     require_runnable(cfg, warn=warn)
+    if cfg.run.max_restarts == 0:
+        return train_here(arguments)
+    from rl.supervisor import supervise
+
+    own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    return supervise([*own, *arguments.overrides], Path(cfg.run.dir), cfg.run.max_restarts, warn)
+
+
+def train_here(arguments: argparse.Namespace) -> int:
+    """Train in this process, which nobody starts again."""
+    from conf.compose import compose
     from rl.loop import train
 
-    print_summary(train(cfg))
+    print_summary(train(compose(arguments.overrides, arguments.config_dir)))
     return 0
 
 

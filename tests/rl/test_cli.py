@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from conf.compose import from_yaml
-from conf.errors import ConfigError, RewardFailed
+from conf.errors import ConfigError, RewardFailed, WorkerLost
 from conf.schema import Config
 from rl.cli import main
 
 ONE_WORKER = "rollout.num_workers=1"  # so that the smallest machine will do
+TRAIN = ["train", ONE_WORKER, "run.max_restarts=0"]  # in this process
 
 
 class Calls:
@@ -54,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
 
 def test_train_hands_over_the_composed_config_and_prints_the_summary(calls: Calls, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "experiment=hop_search", ONE_WORKER, "seed=3"]) == 0
+    assert main([*TRAIN, "experiment=hop_search", "seed=3"]) == 0
     [(cfg,)] = calls.seen
     assert (cfg.run.name, cfg.seed) == ("hop_search", 3)
     assert capsys.readouterr().out == "success_after  0.9102\nsteps          80\n"
@@ -63,7 +64,7 @@ def test_train_hands_over_the_composed_config_and_prints_the_summary(calls: Call
 def test_settings_may_follow_an_option(calls: Calls, tmp_path: Path):
     (tmp_path / "mine/experiment").mkdir(parents=True)
     (tmp_path / "mine/experiment/own.yaml").write_text("# @package _global_\nrun: {name: own}\n")
-    assert main(["train", ONE_WORKER, "--config-dir", "mine", "experiment=own", "seed=3"]) == 0
+    assert main([*TRAIN, "--config-dir", "mine", "experiment=own", "seed=3"]) == 0
     [(cfg,)] = calls.seen
     assert (cfg.run.name, cfg.seed) == ("own", 3)
 
@@ -71,7 +72,7 @@ def test_settings_may_follow_an_option(calls: Calls, tmp_path: Path):
 def test_a_reward_may_live_in_a_package_of_the_working_folder(calls: Calls):
     Path("my_package_of_rewards").mkdir()
     Path("my_package_of_rewards/__init__.py").write_text("def brief(step): return 1.0\n")
-    assert main(["train", ONE_WORKER, "rewards.sources.mine.fn=my_package_of_rewards:brief"]) == 0
+    assert main([*TRAIN, "rewards.sources.mine.fn=my_package_of_rewards:brief"]) == 0
 
 
 def test_bad_config_is_told_without_a_traceback_and_nothing_starts(calls: Calls, capsys: pytest.CaptureFixture[str]):
@@ -85,29 +86,35 @@ def test_bad_config_is_told_without_a_traceback_and_nothing_starts(calls: Calls,
 
 
 def test_rules_are_checked_before_anything_starts(calls: Calls, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", ONE_WORKER, "rollout.top_p=0.9", "learner.mini_batches=99"]) == 2
+    assert main([*TRAIN, "rollout.top_p=0.9", "learner.mini_batches=99"]) == 2
     assert capsys.readouterr().err.startswith("error: 2 settings cannot be used:\n  1. ")
     assert calls.seen == []
 
 
 def test_warnings_are_printed_and_the_run_goes_on(calls: Calls, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", ONE_WORKER, "credit=grpo"]) == 0
+    assert main([*TRAIN, "credit=grpo"]) == 0
     assert capsys.readouterr().err.startswith('warning: rewards.sources.progress feeds "step", which no term')
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(RewardFailed("the judge is gone"), 1), (ConfigError("no"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "code"),
+    [
+        (RewardFailed("the judge is gone"), 1),
+        (ConfigError("no"), 2),
+        (WorkerLost("gone"), 75),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_exit_codes(calls: Calls, error: BaseException, code: int, capsys: pytest.CaptureFixture[str]):
     calls.error = error
-    assert main(["train", ONE_WORKER]) == code
+    assert main(TRAIN) == code
     assert (str(error) or "run.resume=true continues") in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(calls: Calls):
     calls.error = AssertionError("ours")
     with pytest.raises(AssertionError, match="ours"):
-        main(["train", ONE_WORKER])
+        main(TRAIN)
 
 
 def test_errors_are_red_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,118 @@
+"""Keeps a training run alive: in a process of its own, started again from its last checkpoint when it is lost.
+
+What can be replaced in the middle of a run is replaced there (rollout workers, reward processes, the reward service).
+This is for the rest: a learner process, Ray itself, or the run's own process, killed by whomever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rl.interrupts import INTERRUPTS, handed_on
+
+LOST = 75
+"""Exit code of a run that lost a part it cannot replace (EX_TEMPFAIL: trying again may help)."""
+PAUSE_S = 3.0
+"""Before a run is started again: what belonged to the lost one ends meanwhile."""
+PR_SET_PDEATHSIG = 1
+
+
+class Child(Protocol):
+    """What of `subprocess.Popen` is used."""
+
+    def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        ...
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
+        ...
+
+
+def why_lost(code: int) -> str | None:
+    """Why a run that ended so should be started again; None when it is done, was refused, or was stopped.
+
+    Args:
+        code: exit code of the process, or minus the signal that ended it.
+    """
+    if code == LOST:
+        return "lost a part that it cannot replace"
+    if code < 0 and -code not in INTERRUPTS:
+        return f"was killed by {signal.Signals(-code).name}"
+    return None
+
+
+def supervise(
+    words: Sequence[str],
+    run_dir: Path,
+    max_restarts: int,
+    tell: Callable[[str], None],
+    start: Callable[[Sequence[str]], Child] | None = None,
+    pause_s: float = PAUSE_S,
+) -> int:
+    """Train in a process of its own until the run is done, was stopped, or was lost too often.
+
+    Interrupts are handed on to that process, which leaves a checkpoint; it also ends when this process is killed.
+
+    Args:
+        words: options and settings of `grove train`.
+        run_dir: the run's folder; each restart is noted in its restarts.jsonl.
+        max_restarts: so often it is started again.
+        tell: shows the user a line.
+        start: makes the process; another than the usual one in tests.
+    Returns: the exit code for this process.
+    """
+    start = start or start_training
+    number = 0
+    while True:
+        child = start([*words, "run.resume=true"] if number else words)
+        with handed_on(child.send_signal) as stopped:
+            code = child.wait()
+        why = None if stopped else why_lost(code)
+        if why is None:
+            return code if code >= 0 else 128 - code
+        if number == max_restarts:
+            tell(
+                f"the run {why}; run.max_restarts={max_restarts} is used up. See {run_dir / 'logs'}; go on by hand with"
+            )
+            tell(f"  grove train {' '.join(words)} run.resume=true")
+            return LOST
+        number += 1
+        tell(f"the run {why}; starting it again from its last checkpoint ({number} of {max_restarts})")
+        _note(run_dir, why)
+        time.sleep(pause_s)
+
+
+def start_training(words: Sequence[str]) -> subprocess.Popen[bytes]:
+    """`grove train` with these words, in a process group of its own that ends with us."""
+    command = [sys.executable, "-m", "rl.cli", TRAIN_HERE, *words]
+    # An own group: of a terminal's Ctrl-C only the one that we hand on arrives.
+    return subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
+
+
+TRAIN_HERE = "__train"
+"""The hidden command that trains in its own process."""
+
+
+def restarts(run_dir: Path) -> list[str]:
+    """Why the run was started again, each time so far."""
+    file = run_dir / "restarts.jsonl"
+    return [json.loads(line)["why"] for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _note(run_dir: Path, why: str) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "restarts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), "why": why}) + "\n")
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
