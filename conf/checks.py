@@ -8,6 +8,7 @@ from collections.abc import Callable
 from conf import (
     check_credit,
     check_expanders,
+    check_launch,
     check_learner,
     check_machine,
     check_rewards,
@@ -48,6 +49,13 @@ AT_LEAST_ONE = (
     "learner.pack_tokens",
     "learner.num_threads",
     "cluster.object_store_mib",
+    "launch.slurm.nodes",
+    "launch.slurm.time_limit_minutes",
+    "launch.kuberay.head_cpus",
+    "launch.kuberay.head_memory_gib",
+    "launch.kuberay.worker_cpus",
+    "launch.kuberay.worker_memory_gib",
+    "launch.kuberay.shared_memory_gib",
     "task.max_calls",
     "task.hop_search.num_tools",
     "task.hop_search.num_relations",
@@ -91,6 +99,9 @@ ABOVE_ZERO = (
     "prm.max_grad_norm",
     "learner.canary_max_logprob_gap",
     "model.warm_start.learning_rate",
+    "launch.answer_limit_s",
+    "launch.ray.max_file_mib",
+    "launch.ray.max_upload_mib",
     "model.tiny.initializer_range",
 )
 NOT_NEGATIVE = (
@@ -129,6 +140,15 @@ NOT_NEGATIVE = (
     "learner.weight_decay",
     "learner.canary_samples",
     "cluster.num_cpus",
+    "launch.stop_limit_s",
+    "launch.slurm.gpus_per_node",
+    "launch.slurm.cpus_per_node",
+    "launch.slurm.memory_gib_per_node",
+    "launch.slurm.notice_s",
+    "launch.kuberay.workers",
+    "launch.kuberay.worker_gpus",
+    "launch.kuberay.retries",
+    "launch.kuberay.linger_s",
     "model.warm_start.num_steps",
 )
 SHARES = (
@@ -185,6 +205,7 @@ def rules() -> list[Rule]:
         term_numbers,
     ]
     modules = (
+        check_launch,
         check_machine,
         check_expanders,
         check_learner,

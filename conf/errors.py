@@ -53,3 +53,7 @@ class WaitTimeout(GroveError, TimeoutError):
 
 class CheckpointError(GroveError, RuntimeError):
     """A checkpoint that could not be written, or does not match its checksum."""
+
+
+class LaunchError(GroveError, RuntimeError):
+    """A place that runs jobs refused one, lost it, or does not answer."""

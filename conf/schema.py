@@ -434,6 +434,19 @@ class Pruner(Enum):
     """When it is not among the best third of those at the same point (asynchronous successive halving, 1810.05934)."""
 
 
+class LaunchKind(Enum):
+    """Where `grove launch` starts a run."""
+
+    local = "local"
+    """A process of this machine that outlives the terminal."""
+    ray = "ray"
+    """A job of a Ray cluster that is already up, handed to its job server."""
+    slurm = "slurm"
+    """A batch job whose nodes form a Ray cluster of their own."""
+    kuberay = "kuberay"
+    """A RayJob of Kubernetes, whose pods form a Ray cluster of their own."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """How long a run is and where it writes."""
@@ -1145,6 +1158,104 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RayJobsConfig:
+    """launch.kind=ray: the cluster's job server, and which files of this folder it is given."""
+
+    address: str = "http://127.0.0.1:8265"
+    """Of the cluster's dashboard, which is its job server too."""
+    excludes: list[str] = field(
+        default_factory=lambda: [
+            *(".*", "runs", "wandb", "outputs", "models", "node_modules", "__pycache__", "*.egg-info"),
+            *("*.pyc", "*.safetensors", "*.pt", "*.pem", "*.key"),
+        ]
+    )
+    """Names of files and folders that are not uploaded, with * and ?; hidden ones may hold keys."""
+    max_file_mib: float = 10.0
+    """Larger files are left out, and named."""
+    max_upload_mib: float = 100.0
+    """Refuse to upload more than this; large data belongs on a disk that the nodes share."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig:
+    """launch.kind=slurm: what the batch job asks for. This folder and run.dir lie on a disk that all nodes share."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_node: int = 0
+    """0 for whole nodes."""
+    memory_gib_per_node: int = 0
+    """0 for what the partition gives by default."""
+    time_limit_minutes: int = 1440
+    partition: str = ""
+    account: str = ""
+    notice_s: int = 180
+    """Seconds before its end, or a preemption's, at which the job is told; the run then saves and is queued again."""
+    port: int = 6379
+    """Of Ray on the first node."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, e.g. ["--qos=high","--constraint=h100"]."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines that run first, e.g. ["module load cuda"]."""
+    template: str = ""
+    """A file to fill instead of Grove's own (rl/jobs/templates/slurm.sh.jinja)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KubeRayConfig:
+    """launch.kind=kuberay: the pods. Each runs one Ray node; the head has no GPU and carries the run's own process."""
+
+    namespace: str = "default"
+    image: str = ""
+    """With Grove and its pinned dependencies installed."""
+    working_dir: str = ""
+    """Address of a zip of your own files (https://, s3://, gs://), unpacked before the start; "" for none."""
+    head_cpus: int = 4
+    head_memory_gib: int = 16
+    workers: int = 1
+    """Worker pods."""
+    worker_cpus: int = 8
+    worker_memory_gib: int = 32
+    worker_gpus: int = 0
+    shared_memory_gib: int = 8
+    """/dev/shm of each pod, part of its memory: where Ray keeps its objects."""
+    volume_claim: str = ""
+    """PersistentVolumeClaim that every pod mounts; run folders lie on it and outlive the pods."""
+    mount_path: str = "/grove"
+    """Where; launch.run_root lies below it."""
+    secret_name: str = ""
+    """Secret that holds the variables of launch.environment under their own names."""
+    retries: int = 3
+    """New clusters after one that failed; each goes on from the newest checkpoint."""
+    linger_s: int = 600
+    """How long pods stay after the end, so that logs can be read."""
+    template: str = ""
+    """A file to fill instead of Grove's own (rl/jobs/templates/rayjob.yaml.jinja)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    """Where `grove launch` starts a run; nothing else reads it."""
+
+    kind: LaunchKind = LaunchKind.local
+    run_root: str = ""
+    """Folder, as the run's nodes see it, that a relative run.dir lies in; "" for the working folder of this machine,
+    which they must then see too."""
+    python: str = "python"
+    """Python of the environment that Grove is installed in there. kind=local takes this one."""
+    environment: list[str] = field(default_factory=list)
+    """Names of the environment variables that the run is given, e.g. [WANDB_API_KEY]; their values are never written
+    to a file or log of Grove's or Ray's. kind=local inherits all."""
+    stop_limit_s: int = 120
+    """How long a run that is stopped may take to save before it is killed."""
+    answer_limit_s: float = 20.0
+    """Longest wait for an answer of a job server, Slurm or Kubernetes."""
+    ray: RayJobsConfig = field(default_factory=RayJobsConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kuberay: KubeRayConfig = field(default_factory=KubeRayConfig)
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackerConfig:
     """Experiment tracking by wandb."""
 
@@ -1203,5 +1314,6 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     prm: PrmConfig = field(default_factory=PrmConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -9,12 +9,26 @@ from importlib import metadata
 from pathlib import Path
 
 from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost
-from rl.commands import check_reward, completion, config, evaluate, new, replay, report, rollout, train
+from rl.commands import (
+    check_reward,
+    completion,
+    config,
+    evaluate,
+    jobs,
+    launch,
+    logs,
+    new,
+    replay,
+    report,
+    rollout,
+    stop,
+    train,
+)
 from rl.commands.shared import INTERRUPTED, RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
 from rl.supervisor import LOST, TRAIN_HERE
 
-COMMANDS = (train, evaluate, rollout, report, replay, check_reward, new, config, completion)
+COMMANDS = (train, launch, jobs, logs, stop, evaluate, rollout, report, replay, check_reward, new, config, completion)
 """In the order of the help."""
 
 ABOUT = """\
@@ -29,6 +43,8 @@ examples:
   grove train experiment=hop_search seed=1 rollout=chains credit=grpo
   grove train experiment=hop_search run.resume=true      continue where it stopped
   grove train rewards.sources.mine.fn=my_rewards.py:polite credit=tree_step
+  grove launch local experiment=hop_search               the same in the background; also on Ray, Slurm, Kubernetes
+  grove jobs                                             how launched runs are doing
   grove eval runs/hop_search-seed0 --prompts 512         held-out success of a run's newest checkpoint
   grove report runs/hop_search-seed0                     curve.png and report.html once more
   grove replay runs/hop_search-seed0 credit=grpo         what other credit would have made of the run's trees

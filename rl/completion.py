@@ -80,7 +80,8 @@ def candidates(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
     positional = [action for action in command._actions if not action.option_strings]
     nouns = [action for action in positional if action.dest != SETTINGS]
     if place < len(nouns):
-        return _beginning(word, [str(choice) for choice in nouns[place].choices or ()])
+        known = nouns[place].choices or group_choices(_config_dir(words)).get(nouns[place].dest, ())
+        return _beginning(word, [str(choice) for choice in known])
     if len(nouns) == len(positional):
         return []
     # A run has made its choices; a bare model is evaluated on any task.

@@ -22,6 +22,8 @@ from rewards.models.actor import ActorModel, start_model
 from rewards.sandbox import MAX_PLAIN_TRIES
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
+from rl.jobs import passed
+from rl.jobs.nodes import require_equal_nodes
 from rl.policy.actor import LearnerGroup
 from rl.policy.prm_actor import PrmHandle
 from rl.policy.weights import WeightPublisher
@@ -204,7 +206,10 @@ def _ray(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless the user asks for it
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": False}
     if cfg.cluster.address:
-        ray.init(address=cfg.cluster.address, **options)
+        is_passed = passed.NAME_VARIABLE in os.environ
+        runtime_env = {"worker_process_setup_hook": passed.HOOK} if is_passed else None
+        ray.init(address=cfg.cluster.address, runtime_env=runtime_env, **options)
+        require_equal_nodes()
     else:
         ray.init(
             num_cpus=cfg.cluster.num_cpus or None,

@@ -30,6 +30,9 @@ RAY_FILES = {
     "rl/policy/actor.py",
     "rl/policy/prm_actor.py",
     "rl/launch.py",
+    "rl/jobs/nodes.py",
+    "rl/jobs/passed.py",
+    "rl/jobs/ray_cluster.py",
 }
 MATHS = [
     *("rl/credit/*.py", "rl/statistics.py", "rewards/blend.py", "rewards/matching.py"),

@@ -55,10 +55,10 @@ pip_install() {
 install_packages() {
     pip_install pip==26.3
     if [ "$kind" = gpu ]; then
-        say "installing vLLM, Ray, torch and TRL for CUDA: about 225 packages, several GB"
+        say "installing vLLM, Ray, torch and TRL for CUDA: about 230 packages, several GB"
         pip_install --no-compile --no-deps -r requirements/gpu.txt
     else
-        say "installing vLLM, Ray, Transformers and TRL for CPU: about 115 packages"
+        say "installing vLLM, Ray, Transformers and TRL for CPU: about 120 packages"
         pip_install --no-compile --no-deps -r requirements/cpu.txt
         say "installing torch"
         # shellcheck disable=SC2086  # TORCH_ARGS is a list of options

@@ -10,10 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from conf.errors import ConfigError
 from rl.completion import SETTINGS
+
+if TYPE_CHECKING:
+    from rl.jobs.record import Launch
 
 RED, YELLOW, PLAIN = "\033[31m", "\033[33m", "\033[0m"
 
@@ -92,6 +95,19 @@ def print_lines(lines: list[str]) -> None:
     for line in lines:
         print(line)
     sys.stdout.flush()  # a closed pipe shows here, where it is caught
+
+
+def print_log(launch: Launch, *, follow: bool = True) -> int:
+    """What a launched run prints; Ctrl-C ends the printing, not the run."""
+    from rl.jobs.control import log_of
+
+    try:
+        for piece in log_of(launch, follow=follow):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        say("the run goes on", YELLOW)
+    return 0
 
 
 def warn(text: str) -> None:
