@@ -52,8 +52,8 @@ def _resume(folder: Path) -> list[str]:
 
 
 def _run(words: list[str]) -> int:
-    from rl.cli import INTERRUPTED
     from rl.cli import main as grove
+    from rl.commands.shared import INTERRUPTED
     from rl.interrupts import end_as_interrupt
 
     try:
