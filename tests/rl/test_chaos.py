@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from rl.record import read_trees
+from rl.supervisor import restarts
 from rollout.tree import Tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -93,6 +94,74 @@ def test_a_run_whose_workers_are_killed_equals_the_undisturbed_one(room: Path):
         for one, other in zip(*trees, strict=True):  # none lost, none twice
             assert one.prompt == other.prompt
             assert [node.action_ids for node in one.nodes] == [node.action_ids for node in other.nodes]
+
+
+STORM = [
+    (1, "rollout worker"),
+    (2, "reward process"),
+    (3, "wandb"),
+    (4, "reward service"),
+    (5, "learner"),
+    (6, "driver"),
+    (7, "raylet"),
+]
+"""After which step which part is killed. The last three end the run's process, which is started again."""
+
+PARTS: dict[str, Callable[[psutil.Process], list[psutil.Process]]] = {
+    "rollout worker": lambda run: named(run, "ray::RolloutWorker"),
+    "reward process": lambda run: [each for actor in named(run, "ray::RewardActor") for each in actor.children()],
+    "wandb": lambda run: named(run, "wandb-core"),
+    "reward service": lambda run: named(run, "ray::RewardActor"),
+    "learner": lambda run: named(run, "ray::LearnerActor"),
+    "driver": lambda run: named(run, "__train"),
+    "raylet": lambda run: named(run, "raylet/raylet"),
+    "engine core": lambda run: named(run, "EngineCore"),
+}
+
+BREVITY = """
+def brevity(step, question):
+    return min(1.0, len(question) / max(1, len(step.action_text)))
+"""
+
+
+def named(run: psutil.Process, words: str) -> list[psutil.Process]:
+    """Processes of a run whose command line contains the words, oldest first."""
+    found = []
+    for each in run.children(recursive=True):
+        try:
+            if words in " ".join(each.cmdline()):
+                found.append((each.create_time(), each))
+        except psutil.NoSuchProcess:
+            continue
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+
+def kill_parts(storm: list[tuple[int, str]]) -> Callable[[psutil.Process, Path], None]:
+    """SIGKILL to each part, once as many steps are through."""
+
+    def kill(run: psutil.Process, folder: Path) -> None:
+        for step, part in storm:
+            while len(metrics(folder)) < step or not PARTS[part](run):
+                assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE, f"the run ended before {part}"
+                time.sleep(0.02)
+            PARTS[part](run)[-1].kill()
+
+    return kill
+
+
+def test_a_run_whose_every_part_is_killed_once_equals_the_undisturbed_one(room: Path):
+    reward = room / "brevity.py"
+    reward.write_text(BREVITY)
+    settings = [
+        *(f"rewards.sources.brevity={{fn: {reward}:brevity, weight: 0.2}}", "run.num_steps=8"),
+        *("run.checkpoint_every_steps=2", "run.max_restarts=3"),
+    ]
+    calm = trained(room, "calm parts", *settings)
+    stormy = trained(room, "stormy parts", *settings, meanwhile=kill_parts(STORM))
+    assert metrics(stormy) == metrics(calm)
+    assert restarts(calm) == [] and len(restarts(stormy)) == 3
+    told = (room / "stormy parts.log").read_text()
+    assert "the reward service was lost" in told and "rollout worker" in told and "starting another" in told
 
 
 def test_batches_that_grow_ahead_are_never_older_than_allowed_and_survive_a_kill(room: Path):
