@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -94,8 +95,10 @@ def supervise(
 def start_training(words: Sequence[str]) -> subprocess.Popen[bytes]:
     """`grove train` with these words, in a process group of its own that ends with us."""
     command = [sys.executable, "-m", "rl.cli", TRAIN_HERE, *words]
+    # Spinning threads would take the cores that engines and learner work on.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     # An own group: of a terminal's Ctrl-C only the one that we hand on arrives.
-    return subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
+    return subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
 
 
 TRAIN_HERE = "__train"

@@ -27,6 +27,8 @@ os.environ.update(
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
+    # Teams that wait by spinning take the core that another process would work on.
+    OMP_WAIT_POLICY="PASSIVE",
 )
 
 # A script that was started in the background, or by nohup, ignores signals that tests of stopping send.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from whole_runs import WARM_START
 
 from rl.record import read_trees
 from rl.supervisor import restarts
@@ -27,7 +28,7 @@ STEPS = int(os.environ.get("GROVE_CHAOS_STEPS", "8"))
 KILL_EVERY = 5 if STEPS >= 20 else 3
 SMALL = [
     *("experiment=hop_search", "run.eval_prompts=0", "run.checkpoint_every_steps=0", "rollout.prompts_per_step=6"),
-    *("model.warm_start.num_steps=60", "rollout.max_worker_restarts=1000", f"run.num_steps={STEPS}"),
+    *(*WARM_START, "rollout.max_worker_restarts=1000", f"run.num_steps={STEPS}"),
 ]
 
 
@@ -40,8 +41,7 @@ def trained(
     room: Path, name: str, *overrides: str, meanwhile: Callable[[psutil.Process, Path], None] | None = None
 ) -> Path:
     folder = room / name
-    places = [f"run.dir={folder}", f"model.warm_start.cache_dir={room / 'warm_start'}"]
-    command = [sys.executable, "-m", "rl.cli", "train", *SMALL, *places, *overrides]
+    command = [sys.executable, "-m", "rl.cli", "train", *SMALL, f"run.dir={folder}", *overrides]
     log = room / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from whole_runs import WARM_START
 
 from rl.record import read_trees
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-SMALL = ["experiment=hop_search", "rollout.prompts_per_step=3", "rollout.num_leaves=4", "model.warm_start.num_steps=60"]
+SMALL = ["experiment=hop_search", "rollout.prompts_per_step=3", "rollout.num_leaves=4", *WARM_START]
 
 
 def grove(room: Path, out: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rl.cli", "rollout", str(room / out), *arguments, *SMALL]
-    command.append(f"model.warm_start.cache_dir={room / 'warm_start'}")
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import WARM_START, WARM_STARTS
 
 from rl.record import read_trees
 
@@ -27,7 +28,7 @@ SMALL = [
     "run.eval_every_steps=2",
     "run.checkpoint_every_steps=2",
     "rollout.prompts_per_step=4",
-    "model.warm_start.num_steps=60",
+    *WARM_START,
 ]
 STEPS = 4
 
@@ -38,8 +39,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(room: Path, name: str, *overrides: str) -> list[str]:
-    places = [f"run.dir={room / name}", f"model.warm_start.cache_dir={room / 'warm_start'}"]
-    return [sys.executable, "-m", "rl.cli", "train", *SMALL, *places, *overrides]
+    return [sys.executable, "-m", "rl.cli", "train", *SMALL, f"run.dir={room / name}", *overrides]
 
 
 def train(room: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -161,13 +161,13 @@ def test_a_run_trains_by_other_losses_layouts_and_ranks(room: Path, whole: Path,
     # the engines follow: what they sampled, and what they say after the update, is what the learner says
     assert all(row["loss/logprob_gap_nats"] < 1e-3 and row["weights/canary_gap_nats"] < 1e-3 for row in trained)
     assert "the policy trains by layout" in (room / name / "logs" / "learner.log").read_text()
-    before, after = (load_file(path) for path in (started_from(room), room / name / MODEL_OF_STEP_2))
+    before, after = (load_file(path) for path in (started_from(), room / name / MODEL_OF_STEP_2))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 MODEL_OF_STEP_2 = Path("checkpoints") / "step_000002" / "model" / "model.safetensors"
 
 
-def started_from(room: Path) -> Path:
-    (model,) = (room / "warm_start").glob("**/model.safetensors")
+def started_from() -> Path:
+    (model,) = WARM_STARTS.glob("**/model.safetensors")
     return model

@@ -12,6 +12,7 @@ import pytest
 import torch
 from chatml import chatml_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from whole_runs import WARM_START
 
 from conf.compose import compose
 from rl.record import read_trees
@@ -28,7 +29,7 @@ QUICK = [
     "tracker=disabled",
 ]
 PORTABLE = ["rollout.engine=transformers", "rollout.num_workers=1", "run.eval_every_steps=0"]
-TINY_TASK = ["experiment=hop_search", "model.warm_start.num_steps=40"]
+TINY_TASK = ["experiment=hop_search", *WARM_START]
 
 REWARDS = '''
 def brevity(step, question):
@@ -80,8 +81,7 @@ def model(room: Path) -> Path:
 
 
 def grove(room: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    places = [f"run.dir={room / name}", f"model.warm_start.cache_dir={room / 'warm_start'}"]
-    command = [sys.executable, "-m", "rl.cli", "train", *overrides, *places]
+    command = [sys.executable, "-m", "rl.cli", "train", *overrides, f"run.dir={room / name}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=room)
 
 
@@ -136,7 +136,7 @@ def test_a_reward_that_raises_stops_the_run_and_says_which(room: Path):
 @pytest.fixture(scope="module")
 def tiny_task(room: Path) -> list[str]:
     """Hop search as a user would bring it: questions in a file, tools in another, a model in a folder."""
-    cfg = compose([*TINY_TASK, f"model.warm_start.cache_dir={room / 'warm_start'}"])
+    cfg = compose(TINY_TASK)
     model = warm_started_model(cfg)
     rows = HopSearchRows(cfg.task.hop_search, seed=0, split="train")
     (room / "questions.jsonl").write_text("".join(json.dumps(rows.row(index)) + "\n" for index in range(20)))

@@ -14,6 +14,7 @@ import tiny_prms
 import torch
 from judge_server import JudgeServer
 from safetensors.torch import load_file
+from whole_runs import WARM_START
 
 from rewards.types import ScoreStatus
 from rl.record import RecordedTree, read_trees
@@ -27,7 +28,7 @@ SMALL = [
     "run.checkpoint_every_steps=2",
     "rollout.prompts_per_step=4",
     "rollout.num_leaves=4",
-    "model.warm_start.num_steps=60",
+    *WARM_START,
 ]
 STRANGER = """
 def rarer(step, siblings, relations):
@@ -51,8 +52,7 @@ def grove(*arguments: str) -> str:
 
 
 def train(room: Path, name: str, *overrides: str) -> Path:
-    places = [f"run.dir={room / name}", f"model.warm_start.cache_dir={room / 'warm_start'}"]
-    grove("train", *overrides, *SMALL, *places)
+    grove("train", *overrides, *SMALL, f"run.dir={room / name}")
     return room / name
 
 
