@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from rl.commands import (
 )
 from rl.commands.shared import INTERRUPTED, RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
-from rl.supervisor import LOST, TRAIN_HERE
+from rl.supervisor import FAILED, LOST, TRAIN_HERE
 
 COMMANDS = (train, launch, jobs, logs, stop, evaluate, rollout, report, replay, check_reward, new, config, completion)
 """In the order of the help."""
@@ -64,11 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     whatever else went wrong on the way; 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
+    is_supervised = words[:1] == [TRAIN_HERE]
     try:
         return _run(words)
     except GroveError as error:
         say(f"error: {error}", RED)
-        return 2 if isinstance(error, ConfigError) else LOST if isinstance(error, (WorkerLost, WaitTimeout)) else 1
+        return _exit_code(error, is_supervised)
     except KeyboardInterrupt:
         say("stopped. The same command with run.resume=true continues a training run.", YELLOW)
         return INTERRUPTED
@@ -76,6 +78,19 @@ def main(argv: list[str] | None = None) -> int:
         # The reader, e.g. `head`, has seen enough; without this Python complains once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception:
+        if not is_supervised:
+            raise
+        traceback.print_exc()
+        return FAILED
+
+
+def _exit_code(error: GroveError, is_supervised: bool) -> int:
+    if isinstance(error, ConfigError):
+        return 2
+    if isinstance(error, (WorkerLost, WaitTimeout)):
+        return LOST
+    return FAILED if is_supervised else 1
 
 
 def _run(words: list[str]) -> int:

@@ -21,6 +21,9 @@ from rl.interrupts import INTERRUPTS, handed_on
 
 LOST = 75
 """Exit code of a run that lost a part it cannot replace (EX_TEMPFAIL: trying again may help)."""
+FAILED = 70
+"""Exit code of the training process for an error that it told, which starting again would not mend (EX_SOFTWARE); 1 is
+what Ray ends a process with, without a word to Python, when its own process on this machine is gone."""
 PAUSE_S = 3.0
 """Before a run is started again: what belonged to the lost one ends meanwhile."""
 PR_SET_PDEATHSIG = 1
@@ -46,6 +49,8 @@ def why_lost(code: int) -> str | None:
     """
     if code == LOST:
         return "lost a part that it cannot replace"
+    if code == 1:
+        return "lost Ray"
     if code < 0 and -code not in INTERRUPTS:
         return f"was killed by {signal.Signals(-code).name}"
     return None
@@ -79,7 +84,7 @@ def supervise(
             code = child.wait()
         why = None if stopped else why_lost(code)
         if why is None:
-            return code if code >= 0 else 128 - code
+            return 1 if code == FAILED else code if code >= 0 else 128 - code
         if number == max_restarts:
             tell(
                 f"the run {why}; run.max_restarts={max_restarts} is used up. See {run_dir / 'logs'}; go on by hand with"

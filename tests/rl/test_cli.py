@@ -111,6 +111,16 @@ def test_exit_codes(calls: Calls, error: BaseException, code: int, capsys: pytes
     assert (str(error) or "run.resume=true continues") in capsys.readouterr().err
 
 
+def test_a_training_process_says_what_starting_it_again_would_not_mend(calls: Calls):
+    for error, code in (
+        (RewardFailed("the judge is gone"), 70),
+        (AssertionError("ours"), 70),
+        (WorkerLost("gone"), 75),
+    ):
+        calls.error = error
+        assert main(["__train", ONE_WORKER]) == code
+
+
 def test_a_bug_keeps_its_traceback(calls: Calls):
     calls.error = AssertionError("ours")
     with pytest.raises(AssertionError, match="ours"):

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rl.supervisor import LOST, restarts, supervise, why_lost
+from rl.supervisor import FAILED, LOST, restarts, supervise, why_lost
+
+RAYS_OWN = 1
 
 
 class Script:
@@ -37,23 +39,24 @@ def supervised(tmp_path: Path, script: Script, max_restarts: int = 3) -> tuple[i
     return supervise(["seed=1"], tmp_path / "run", max_restarts, told.append, script, pause_s=0.0), told
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 130])
-def test_a_run_that_is_done_refused_or_stopped_is_not_started_again(tmp_path: Path, code: int):
-    script = Script(code)
+@pytest.mark.parametrize(("of_child", "code"), [(0, 0), (2, 2), (FAILED, 1), (130, 130), (-signal.SIGTERM, 143)])
+def test_a_run_that_is_done_refused_or_stopped_is_not_started_again(tmp_path: Path, of_child: int, code: int):
+    script = Script(of_child)
     assert supervised(tmp_path, script) == (code, [])
     assert script.asked == [["seed=1"]] and restarts(tmp_path / "run") == []
 
 
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path: Path):
-    script = Script(-signal.SIGKILL, LOST, 0)
+    script = Script(-signal.SIGKILL, LOST, RAYS_OWN, 0)
     code, told = supervised(tmp_path, script)
     assert code == 0
-    assert script.asked == [["seed=1"], ["seed=1", "run.resume=true"], ["seed=1", "run.resume=true"]]
+    assert script.asked == [["seed=1"], *[["seed=1", "run.resume=true"]] * 3]
     assert told == [
         "the run was killed by SIGKILL; starting it again from its last checkpoint (1 of 3)",
         "the run lost a part that it cannot replace; starting it again from its last checkpoint (2 of 3)",
+        "the run lost Ray; starting it again from its last checkpoint (3 of 3)",
     ]
-    assert restarts(tmp_path / "run") == ["was killed by SIGKILL", "lost a part that it cannot replace"]
+    assert restarts(tmp_path / "run") == ["was killed by SIGKILL", "lost a part that it cannot replace", "lost Ray"]
 
 
 def test_a_run_that_is_lost_again_and_again_ends_with_what_to_do(tmp_path: Path):
