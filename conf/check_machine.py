@@ -39,6 +39,7 @@ def rules() -> list[Callable[[Config], list[Problem]]]:
         cache_holds_a_path,
         data_exists,
         tracker_can_log_in,
+        metrics_can_be_shown,
         run_folder_is_free,
     ]
 
@@ -238,6 +239,21 @@ def tracker_can_log_in(cfg: Config) -> list[Problem]:
             "variable WANDB_API_KEY, run `wandb login` once, or use tracker.mode=offline and `wandb sync` later."
         )
     ]
+
+
+def metrics_can_be_shown(cfg: Config) -> list[Problem]:
+    """A port is a port, and node_exporter reads no file but *.prom."""
+    found = []
+    if not 0 <= cfg.tracker.metrics_port < 65536:
+        found.append(Problem(f"tracker.metrics_port={cfg.tracker.metrics_port} is no port: give 1 to 65535, or 0."))
+    if cfg.tracker.metrics_file and not cfg.tracker.metrics_file.endswith(".prom"):
+        found.append(
+            Problem(
+                f"tracker.metrics_file={cfg.tracker.metrics_file} does not end in .prom: node_exporter reads no other "
+                "file. Use e.g. tracker.metrics_file=/var/lib/node_exporter/grove.prom."
+            )
+        )
+    return found
 
 
 def _has_wandb_key() -> bool:

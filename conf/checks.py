@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from conf import (
     check_credit,
+    check_evaluation,
     check_expanders,
     check_launch,
     check_learner,
@@ -28,6 +29,7 @@ Rule = Callable[[Config], list[Problem]]
 AT_LEAST_ONE = (
     "run.num_steps",
     "run.keep_checkpoints",
+    "run.eval_samples",
     "rollout.num_workers",
     "rollout.prompts_per_step",
     "rollout.num_leaves",
@@ -79,6 +81,7 @@ AT_LEAST_ONE = (
     "model.tiny.max_position_embeddings",
 )
 ABOVE_ZERO = (
+    "run.eval_top_p",
     "rollout.temperature",
     "rollout.turn_timeout_s",
     "rollout.tree_timeout_s",
@@ -158,6 +161,7 @@ SHARES = (
     "task.max_tool_crashes_share",
     "rollout.gpu_memory_share",
     "rollout.min_batch_share",
+    "run.eval_top_p",
     "model.warm_start.first_try_share",
 )
 MAX_TEMPERATURE = 5.0
@@ -207,6 +211,7 @@ def rules() -> list[Rule]:
     modules = (
         check_launch,
         check_machine,
+        check_evaluation,
         check_expanders,
         check_learner,
         check_rewards,

@@ -395,6 +395,18 @@ class Cache(Enum):
     off = "off"
 
 
+class StepFold(Enum):
+    """A trajectory's score from the scores of its steps, to choose among trajectories."""
+
+    min = "min"
+    """Its weakest step's."""
+    mean = "mean"
+    product = "product"
+    """For scores that are chances; long trajectories lose."""
+    last = "last"
+    sum = "sum"
+
+
 class TrackerMode(Enum):
     """Where wandb writes."""
 
@@ -462,9 +474,19 @@ class RunConfig:
     eval_every_steps: int = 10
     """Held-out evaluation each so many steps, and always before the first and after the last; 0 for only those two."""
     eval_prompts: int = 256
-    """Held-out prompts in one evaluation, one trajectory each; 0 for no evaluation."""
+    """Held-out prompts in one evaluation; 0 for no evaluation."""
+    eval_samples: int = 1
+    """Trajectories of each held-out prompt; from 2 on there are pass@k, pass^k and votes (docs/evaluation.md)."""
+    eval_k: list[int] = field(default_factory=list)
+    """The k of pass@k, pass^k and best of k; empty for 1, 2, 4 ... and eval_samples itself."""
+    eval_score: str = ""
+    """Source under rewards.sources that best of k and the weighted vote go by; "" for neither."""
+    eval_score_fold: StepFold = StepFold.min
+    """Where eval_score is a source of steps."""
     eval_temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
+    """Sampling temperature of the evaluation; 0 always takes the likeliest token."""
+    eval_top_p: float = 1.0
+    """The evaluation samples from the likeliest tokens that together have this chance."""
     checkpoint_every_steps: int = 20
     """Checkpoint each so many steps, and always at the end; 0 for only the end."""
     keep_checkpoints: int = 2
@@ -1257,11 +1279,18 @@ class LaunchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackerConfig:
-    """Experiment tracking by wandb."""
+    """Who is shown the metrics beside metrics.jsonl: wandb, Prometheus."""
 
     mode: TrackerMode = TrackerMode.offline
+    """Of wandb."""
     project: str = "grove"
     entity: str = ""
+    metrics_port: int = 0
+    """Port of a page for Prometheus (OpenMetrics), http://127.0.0.1:PORT/metrics; 0 for none."""
+    metrics_host: str = "127.0.0.1"
+    """Address that the page is served at; 0.0.0.0 lets other machines read it, and everybody there."""
+    metrics_file: str = ""
+    """The same as a file, written anew each step, for node_exporter's textfile collector: NAME.prom; "" for none."""
 
 
 @dataclass(kw_only=True, slots=True)

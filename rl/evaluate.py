@@ -1,8 +1,8 @@
-"""Held-out success: one trajectory for each held-out prompt."""
+"""Held-out evaluation: sample each held-out prompt, score what came of it, and say how sure one may be."""
 
 from __future__ import annotations
 
-import statistics
+import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -11,92 +11,104 @@ from typing import Any
 
 from conf.checks import require_runnable
 from conf.compose import compose, from_yaml
-from conf.errors import CheckpointError, ConfigError, RewardFailed
+from conf.errors import CheckpointError, ConfigError
 from conf.schema import Config, ExpanderKind, Level, RolloutConfig
 from rewards.base import build_sources
-from rewards.types import ScoredTree
 from rl import checkpoint
+from rl.estimates import AnswerKey, Evaluation, chosen_by, default_ks, evaluation_of, numeric_key, text_key
 from rl.launch import Parts, launched
+from rl.outcomes import PromptOutcome, prompt_outcomes, write_outcomes
 from rl.policy.stored import MODEL
 from rl.run_folder import RunFolder, route_logs
 from rollout.data import PromptSource, build_prompt_source
 from rollout.seeds import derive_seed
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What one evaluation found."""
-
-    success_share: float
-    """Share of held-out prompts answered rightly."""
-    num_prompts: int
-    """Prompts that were scored; one whose world failed is not counted."""
-    standard_error: float
-    """Of the share, over prompts."""
-
-
 def evaluation_rollout(cfg: Config) -> RolloutConfig:
-    """How held-out prompts are answered: one trajectory each, at the evaluation's temperature."""
+    """How held-out prompts are answered: independent trajectories, at the evaluation's temperature."""
     return replace(
         cfg.rollout,
         expander=ExpanderKind.chains,
-        num_leaves=1,
+        num_leaves=cfg.run.eval_samples,
         temperature=cfg.run.eval_temperature,
-        top_p=1.0,
+        top_p=cfg.run.eval_top_p,
         batch_timeout_s=0.0,
     )
 
 
-def evaluate(cfg: Config, parts: Parts, source: PromptSource, num_prompts: int) -> Evaluation:
+def evaluate(cfg: Config, parts: Parts, source: PromptSource) -> list[PromptOutcome]:
     """Answer the held-out prompts under the engines' present weights.
 
     The prompts and the seeds are the same each time, so two evaluations differ by the policy alone.
     """
-    prompts = source.held_out(num_prompts)
+    prompts = source.held_out(cfg.run.eval_prompts)
     seed = derive_seed(cfg.seed, "evaluation")
     trees = parts.pool.grow(prompts, seed, evaluation_rollout(cfg))
-    return evaluation_of(parts.scoring.collect(parts.scoring.submit(trees, evaluation_sources(cfg))))
+    return prompt_outcomes(parts.scoring.collect(parts.scoring.submit(trees, evaluation_sources(cfg))))
 
 
 def evaluation_sources(cfg: Config) -> list[str]:
-    """Sources that score held-out trajectories: the one that success is read of, and those that ask nobody."""
+    """Sources that score held-out trajectories: the one that success is read of, the one that best-of-k goes by, and
+    those that ask nobody."""
     sources = build_sources(cfg.rewards)
     outcome = next((source for source in sources if source.level is Level.trajectory), None)
-    return [source.name for source in sources if source is outcome or not source.services]
+    wanted = {cfg.run.eval_score} if cfg.run.eval_samples > 1 else set()
+    return [source.name for source in sources if source is outcome or source.name in wanted or not source.services]
 
 
-def evaluation_of(scored: list[ScoredTree]) -> Evaluation:
-    """Success over all scored trajectories: their first outcome source gives more than a half.
+def evaluation_under(cfg: Config, outcomes: list[PromptOutcome]) -> Evaluation:
+    """What outcomes come to, by the settings of an evaluation.
 
     Raises: RewardFailed when not one trajectory was scored.
     """
-    successes = [success for tree in scored for success in successes_of(tree)]
-    if not successes:
-        raise RewardFailed(
-            f"none of {len(scored)} held-out trajectories was scored: success is unknown, not 0. "
-            "Look at the stop reasons and the failed scores in the run's logs/."
-        )
-    share = statistics.fmean(successes)
-    return Evaluation(share, len(successes), (share * (1 - share) / len(successes)) ** 0.5)
+    run = cfg.run
+    score = chosen_by(run.eval_score, run.eval_score_fold) if run.eval_score else None
+    seed = derive_seed(cfg.seed, "bootstrap")
+    return evaluation_of(outcomes, run.eval_k or default_ks(run.eval_samples), score, _answer_key(cfg), seed)
 
 
-def successes_of(scored: ScoredTree) -> list[bool]:
-    """Whether each scored trajectory succeeded, by the first trajectory source of the config."""
-    by_leaf = next(iter(scored.leaf_scores.values()), {})
-    return [score.value > 0.5 for score in by_leaf.values() if score.is_scored]
+def _answer_key(cfg: Config) -> AnswerKey:
+    """Which answers are the same, as the source of success would have it."""
+    outcome = next((source for source in build_sources(cfg.rewards) if source.level is Level.trajectory), None)
+    return numeric_key if outcome is not None and outcome.spec.endswith("outcome:numeric_match") else text_key
 
 
-def evaluate_run(path: str, overrides: list[str], num_prompts: int | None) -> dict[str, Any]:
-    """Held-out success of a run's newest checkpoint, or of any Hugging Face model folder.
+def evaluation_metrics(found: Evaluation) -> dict[str, float]:
+    """As metrics of a step (`rl.metrics`)."""
+    success = found.estimates["success"]
+    return {
+        **{f"eval/{name}_share": estimate.value for name, estimate in found.estimates.items()},
+        "eval/success_low_share": success.interval.low,
+        "eval/success_high_share": success.interval.high,
+        "eval/unknown_share": found.unknown_share,
+        "eval/tokens_per_sample": found.mean_tokens,
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """A run or a model that was evaluated by itself."""
+
+    model: str
+    """Folder of the weights."""
+    cfg: Config
+    found: Evaluation
+    outcomes: Path | None
+    """File of what each prompt came to; None where none was asked for."""
+    seconds: float
+
+
+def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str = "") -> Evaluated:
+    """Evaluate a run's newest checkpoint, or any Hugging Face model folder.
 
     Args:
         path: a run folder, or a model folder.
         overrides: changes to the run's own settings, or for a model folder the settings themselves.
-        num_prompts: run.eval_prompts by default.
-    Returns: success_share, standard_error, prompts, model, seconds.
+        out: file for what each prompt came to; by default eval/alone_NNNNNN.jsonl in a run folder, none for a model.
+        config_dir: the user's own groups, for a model folder.
     Raises: ConfigError, CheckpointError when there is nothing to evaluate; what an evaluation raises.
     """
-    cfg = _evaluation_config(Path(path), overrides)
+    cfg, default_out = _evaluation_config(Path(path), overrides, config_dir)
     require_runnable(cfg)
     started = time.monotonic()
     from transformers import AutoTokenizer
@@ -106,22 +118,26 @@ def evaluate_run(path: str, overrides: list[str], num_prompts: int | None) -> di
         put_back = route_logs(Path(logs))
         try:
             with launched(cfg, cfg.model.path, Path(logs), with_learner=False) as parts:
-                found = evaluate(cfg, parts, source, num_prompts or cfg.run.eval_prompts)
+                outcomes = evaluate(cfg, parts, source)
         finally:
             put_back()
-    return {
-        "success_share": found.success_share,
-        "standard_error": found.standard_error,
-        "prompts": found.num_prompts,
-        "model": cfg.model.path,
-        "seconds": time.monotonic() - started,
-    }
+    written = Path(out) if out else default_out
+    if written is not None:
+        write_outcomes(written, outcomes)
+    return Evaluated(
+        model=cfg.model.path,
+        cfg=cfg,
+        found=evaluation_under(cfg, outcomes),
+        outcomes=written,
+        seconds=time.monotonic() - started,
+    )
 
 
-def _evaluation_config(path: Path, overrides: list[str]) -> Config:
-    """The settings to evaluate with; run.dir is moved aside so that nothing of the run is touched."""
+def _evaluation_config(path: Path, overrides: list[str], config_dir: str) -> tuple[Config, Path | None]:
+    """The settings to evaluate with, and where outcomes go; run.dir is moved aside so that nothing is overwritten."""
+    out = None
     if (path / "config.json").is_file():
-        cfg, model = compose(overrides), path
+        cfg, model = compose(overrides, config_dir), path
     elif RunFolder(path).config.is_file():
         cfg = from_yaml(RunFolder(path).config, overrides)
         newest = checkpoint.newest(RunFolder(path).checkpoints)
@@ -131,10 +147,46 @@ def _evaluation_config(path: Path, overrides: list[str]) -> Config:
                 f"run.resume=true run.dir={path}, or evaluate a model folder."
             )
         model = newest.path / MODEL
+        out = RunFolder(path).evaluations / f"alone_{newest.step:06d}.jsonl"
     else:
         raise ConfigError(
             f'"{path}" is neither a run folder (config.yaml and checkpoints/) nor a model folder (config.json): '
             "there is nothing to evaluate. Runs lie under runs/, one folder each."
         )
+    if not cfg.run.eval_prompts:
+        raise ConfigError("run.eval_prompts=0 evaluates nothing: give --prompts, e.g. --prompts 256.")
     run = replace(cfg.run, dir=str(path / "evaluation"), resume=False)
-    return replace(cfg, run=run, model=replace(cfg.model, path=str(model.resolve())))
+    return replace(cfg, run=run, model=replace(cfg.model, path=str(model.resolve()))), out
+
+
+def evaluation_json(done: Evaluated) -> dict[str, Any]:
+    """Everything that was found, as plain values for scripts; what is not known is None."""
+    found, spread = done.found, done.found.spread
+    return {
+        "model": done.model,
+        "prompts": found.num_prompts,
+        "samples": found.num_samples,
+        "temperature": done.cfg.run.eval_temperature,
+        "unknown": found.unknown,
+        "success_share": found.success_share,
+        "standard_error": found.standard_error if math.isfinite(found.standard_error) else None,
+        "estimates": {
+            name: {
+                "value": each.value,
+                "low": each.interval.low,
+                "high": each.interval.high,
+                "prompts": each.num_prompts,
+            }
+            for name, each in found.estimates.items()
+        },
+        "sample_correlation": spread.correlation if spread else None,
+        "tokens_per_sample": found.mean_tokens,
+        "detectable_difference": found.detectable_difference(done.cfg.run.eval_samples),
+        "prompts_needed": [
+            {"difference": row.difference, "samples": samples, "prompts": prompts}
+            for row in found.power_table()
+            for samples, prompts in row.prompts.items()
+        ],
+        "outcomes": str(done.outcomes) if done.outcomes else None,
+        "seconds": done.seconds,
+    }

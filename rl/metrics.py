@@ -45,14 +45,42 @@ class Metric:
 
     def matches(self, name: str) -> bool:
         """True when `name` is this metric or one of its family."""
-        if "<" not in self.name:
-            return self.name == name
-        literals = re.split(r"<\w+>", self.name)
-        return re.fullmatch("[^/]+".join(map(re.escape, literals)), name) is not None
+        return self.name == name if "<" not in self.name else self._pattern().fullmatch(name) is not None
+
+    def parts(self, name: str) -> dict[str, str]:
+        """What the parts in angle brackets stand for in `name`: {"k": "4"} in eval/pass_at_4_share."""
+        found = self._pattern().fullmatch(name)
+        assert found is not None, f"{name} is none of {self.name}"
+        return found.groupdict()
+
+    def _pattern(self) -> re.Pattern[str]:
+        pieces = re.split(r"<(\w+)>", self.name)  # literal, part, literal ...
+        return re.compile(
+            "".join(f"(?P<{piece}>[^/]+)" if at % 2 else re.escape(piece) for at, piece in enumerate(pieces))
+        )
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("eval/success_share", "success on held-out prompts", "held-out trajectories", Better.higher),
+    Metric(
+        "eval/success_share",
+        "success on held-out prompts, pass@1",
+        "held-out prompts, each the share of its scored samples that succeeded",
+        Better.higher,
+    ),
+    Metric("eval/success_low_share", "lower end of its 95% interval, over prompts", "as eval/success_share"),
+    Metric("eval/success_high_share", "upper end of its 95% interval, over prompts", "as eval/success_share"),
+    Metric("eval/pass_at_<k>_share", "one of k samples succeeds, pass@k", "held-out prompts", Better.higher),
+    Metric("eval/pass_all_<k>_share", "all of k samples succeed, pass^k", "held-out prompts", Better.higher),
+    Metric("eval/majority_share", "the most frequent answer is right", "held-out prompts", Better.higher),
+    Metric("eval/best_of_<k>_share", "the best by run.eval_score of k succeeds", "held-out prompts", Better.higher),
+    Metric(
+        "eval/weighted_vote_share",
+        "the answer with the largest sum of run.eval_score is right",
+        "held-out prompts",
+        Better.higher,
+    ),
+    Metric("eval/unknown_share", "success could not be told: world or score failed", "held-out samples", Better.lower),
+    Metric("eval/tokens_per_sample", "tokens the policy sampled", "held-out samples"),
     Metric(
         "rollout/success_share",
         "success in training",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,12 +20,14 @@ from rl.ahead import Ahead, Grown
 from rl.credit.measured import Measured, measurements_needed
 from rl.credit.normalize import Moments
 from rl.credited import Credited, credited
-from rl.evaluate import evaluate, successes_of
+from rl.evaluate import evaluate, evaluation_metrics, evaluation_under
+from rl.exporter import Exporter
 from rl.health import health_metrics
 from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics, staleness_metrics
 from rl.model import resolve_model
+from rl.outcomes import successes_of, write_outcomes
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.prm_actor import PrmHandle
 from rl.policy.tree_credits import tree_credits
@@ -86,10 +89,12 @@ def opened_run(cfg: Config) -> Iterator[Run]:
         build_sources(cfg.rewards, source.draw(0, 1)[0].data.keys())  # now that the columns are known, by name
         tracker = Tracker(cfg.tracker, folder.path, cfg.run.name, settings(cfg))
         stack.callback(tracker.finish)
+        exporter = Exporter(cfg.tracker, {"run": cfg.run.name, "seed": str(cfg.seed), "task": cfg.task.name})
+        stack.callback(exporter.finish)
         with progress.stage("start"):
             parts = stack.enter_context(launched(cfg, model_path, folder.logs))
         route_logs(folder.logs)  # vllm and ray have put handlers of their own in place meanwhile
-        run = Run(cfg, folder, source, parts, progress, tracker)
+        run = Run(cfg, folder, source, parts, progress, tracker, exporter)
         run.restore()
         stack.callback(run.stop_growing)
         try:
@@ -109,10 +114,18 @@ class Run:
     """The state of the loop and the parts it drives."""
 
     def __init__(
-        self, cfg: Config, folder: RunFolder, source: PromptSource, parts: Parts, progress: Progress, tracker: Tracker
+        self,
+        cfg: Config,
+        folder: RunFolder,
+        source: PromptSource,
+        parts: Parts,
+        progress: Progress,
+        tracker: Tracker,
+        exporter: Exporter,
     ) -> None:
         self.cfg, self.folder, self.state = cfg, folder, RunState()
-        self._source, self._parts, self._progress, self._tracker = source, parts, progress, tracker
+        self._source, self._parts, self._progress = source, parts, progress
+        self._tracker, self._exporter = tracker, exporter
         self._metrics: dict[str, float] = {}
         self._scored: list[ScoredTree] = []
         self._drawn = self._refills = 0
@@ -147,7 +160,7 @@ class Run:
             assert self._parts.publisher is not None, "a training run publishes weights"
             self._parts.publisher.publish(self.state.step, [])
             self._progress.note(f"resumed {found.path} at step {self.state.step}")
-        self.folder.drop_trees_after(self.state.step)
+        self.folder.drop_records_after(self.state.step)
         self._log = MetricsLog(self.folder.metrics, resume_step=self.state.step)
         self._started = time.monotonic() - self.state.seconds
 
@@ -315,12 +328,16 @@ class Run:
             return
         self._metrics = {}
         with self._stage("eval"), self._ahead.paused() if self._ahead else contextlib.nullcontext():
-            found = evaluate(self.cfg, self._parts, self._source, self.cfg.run.eval_prompts)
-        self.state.success_after, self.state.success_standard_error = found.success_share, found.standard_error
+            outcomes = evaluate(self.cfg, self._parts, self._source)
+            found = evaluation_under(self.cfg, outcomes)
+        write_outcomes(self.folder.evaluation_file(step), outcomes)
+        error = found.standard_error
+        self.state.success_after = found.success_share
+        self.state.success_standard_error = error if math.isfinite(error) else None
         self.state.evaluated_step = step
         if step == 0:
             self.state.success_before = found.success_share
-        self._metrics["eval/success_share"] = found.success_share
+        self._metrics |= evaluation_metrics(found)
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
         self._emit()
 
@@ -340,6 +357,7 @@ class Run:
             self.checkpoint()
         summary = self._summary()
         self.folder.write_summary(summary)
+        self._tracker.summarize(summary)
         report = write_report(self.folder.path)
         self._progress.note(f"report: {report}")
         return summary
@@ -383,6 +401,7 @@ class Run:
         assert self._log is not None, "the run was restored before it wrote metrics"
         self._log.append(self.state.step, self._metrics)
         self._tracker.log(self._metrics, self.state.step)
+        self._exporter.log(self._metrics, self.state.step)
         self._progress.update(self.state.step, self._metrics)
 
     def _summary(self) -> dict[str, Any]:

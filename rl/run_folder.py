@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "trees"
 
     @property
+    def evaluations(self) -> Path:
+        """Folder of what each held-out prompt came to (`rl.outcomes`)."""
+        return self.path / "eval"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints (`rl.checkpoint`)."""
         return self.path / "checkpoints"
@@ -94,6 +99,14 @@ class RunFolder:
         """Files of recorded steps, oldest first."""
         return sorted(self.trees.glob("step_*.jsonl.gz"))
 
+    def evaluation_file(self, step: int) -> Path:
+        """File of the held-out evaluation after one step."""
+        return self.evaluations / f"step_{step:06d}.jsonl"
+
+    def evaluation_files(self) -> list[Path]:
+        """Files of evaluations in training, oldest first."""
+        return sorted(self.evaluations.glob("step_*.jsonl"))
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         write_json(self.summary, summary)
@@ -102,11 +115,12 @@ class RunFolder:
         """The summary, or {} while the run has none."""
         return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
 
-    def drop_trees_after(self, step: int) -> None:
-        """Remove recorded trees of steps that a resumed run will train again."""
-        for file in self.tree_files():
-            if file > self.tree_file(step):
-                file.unlink()
+    def drop_records_after(self, step: int) -> None:
+        """Remove recorded trees and evaluations of steps that a resumed run will train again."""
+        late = [file for file in self.tree_files() if file > self.tree_file(step)]
+        late += [file for file in self.evaluation_files() if file > self.evaluation_file(step)]
+        for file in late:
+            file.unlink()
 
 
 def open_run_folder(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> RunFolder:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.schema import TrackerConfig, TrackerMode
+from rl.metrics import METRICS, Better
 
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 30.0
 """Longest wait for the tracker's server at the start of a run."""
+TOKENS = "rollout/total_generated_tokens"
 FINISH_TIMEOUT_S = 60.0
 """Longest wait for the last upload at the end of a run."""
 
@@ -57,6 +59,11 @@ class Tracker:
         if self._run is not None and not self._guard("log", lambda: self._run.log(numbers, step=step)):
             self._give_up()
 
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Show the run's last numbers where wandb lists runs."""
+        if self._run is not None and not self._guard("summarize", lambda: self._run.summary.update(dict(summary))):
+            self._give_up()
+
     def finish(self) -> None:
         """Close the run, waiting at most FINISH_TIMEOUT_S for the last upload. Safe to call twice."""
         if self._run is None:
@@ -79,7 +86,9 @@ class Tracker:
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise PermissionError("no API key was found; run `wandb login` or set WANDB_API_KEY")
         chosen = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True)
-        self._run = wandb.init(mode=mode, dir=str(self._dir), settings=chosen, **options)
+        run = wandb.init(mode=mode, dir=str(self._dir), settings=chosen, **options)
+        define_metrics(run)
+        self._run = run
 
     def _guard(self, doing: str, action: Callable[[], Any]) -> bool:
         """Run `action` and return True; log what it raised and return False."""
@@ -101,6 +110,19 @@ class Tracker:
     def _stop_service(self) -> None:
         """Take wandb's exit hook down now: at exit it would wait for, or print the traceback of, a dead process."""
         _within(FINISH_TIMEOUT_S / 6, _teardown)
+
+
+def define_metrics(run: Any) -> None:
+    """Tell wandb what to draw against what: success against generated tokens, which runs of different sizes share; and
+    of metrics with a good direction the best value beside the last."""
+    run.define_metric(TOKENS)
+    best = {Better.higher: "last,max", Better.lower: "last,min", Better.neutral: "last"}
+    run.define_metric("eval/*", step_metric=TOKENS)
+    for metric in METRICS:
+        if "<" in metric.name or metric.name == TOKENS:
+            continue  # wandb knows no pattern but a trailing star
+        axis = {"step_metric": TOKENS} if metric.name.startswith("eval/") else {}
+        run.define_metric(metric.name, summary=best[metric.better], **axis)
 
 
 def _teardown() -> None:

@@ -20,6 +20,7 @@ HOME_OF = {
     "vllm": {"rollout/vllm_engine.py", "rewards/models/vllm_model.py"},
     "trl": {"rl/warm_start.py"},
     "wandb": {"rl/tracker.py"},
+    "prometheus_client": {"rl/exporter.py"},
 }
 RAY_FILES = {
     "rollout/worker.py",
@@ -44,6 +45,7 @@ DISTRIBUTION_OF = {
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
     "math_verify": "math-verify",
+    "prometheus_client": "prometheus-client",
 }
 NOT_IN_MATHS = {"ray", "vllm", "hydra", "omegaconf", "wandb", "trl"}
 

@@ -677,3 +677,9 @@ def test_shipped_algorithms_of_the_outcome_have_no_problem_and_no_warning(demo: 
     if credit == "gdpo":
         values["rewards.sources.short"] = SourceConfig(fn="rewards.sources.length:soft_overlong", signal="length")
     assert problems(demo(values)) == []
+
+
+def test_metrics_for_prometheus_have_a_port_and_a_file_that_somebody_reads(demo: Change):
+    assert texts(demo({"tracker.metrics_port": 9400, "tracker.metrics_file": "grove.prom"})) == []
+    assert "is no port" in only(demo({"tracker.metrics_port": 70000}))
+    assert "does not end in .prom" in only(demo({"tracker.metrics_file": "grove.txt"}))

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it returns, and what it does not load."""
 
+import json
 import subprocess
 import sys
 import types
@@ -27,8 +28,11 @@ class Calls:
     def train(self, cfg: Config) -> dict[str, Any]:
         return self._done(cfg)
 
-    def evaluate_run(self, path: str, overrides: list[str], num_prompts: int | None) -> dict[str, Any]:
-        return self._done(path, overrides, num_prompts)
+    def evaluate_run(self, path: str, overrides: list[str], out: str, config_dir: str) -> dict[str, Any]:
+        return self._done(path, overrides, out, config_dir)
+
+    def evaluation_json(self, done: dict[str, Any]) -> dict[str, Any]:
+        return done
 
     def write_report(self, run_dir: Path) -> Path:
         self._done(run_dir)
@@ -47,9 +51,11 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     fake = Calls()
-    for module, name in (("rl.loop", "train"), ("rl.evaluate", "evaluate_run"), ("rl.view", "write_report")):
+    work = {"rl.loop": ["train"], "rl.evaluate": ["evaluate_run", "evaluation_json"], "rl.view": ["write_report"]}
+    for module, names in work.items():
         stand_in = types.ModuleType(module)
-        setattr(stand_in, name, getattr(fake, name))
+        for name in names:
+            setattr(stand_in, name, getattr(fake, name))
         monkeypatch.setitem(sys.modules, module, stand_in)
     return fake
 
@@ -137,11 +143,23 @@ def test_errors_are_red_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err.startswith("error: foo")
 
 
-def test_eval_passes_folder_overrides_and_prompts(calls: Calls):
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ([], []),
+        (["--prompts", "64", "rollout.num_workers=2"], ["rollout.num_workers=2", "run.eval_prompts=64"]),
+        (["--samples", "8", "--k", "1,8"], ["run.eval_samples=8", "run.eval_k=[1,8]"]),
+        (["--score", "prm", "--temperature", "0.6"], ["run.eval_score=prm", "run.eval_temperature=0.6"]),
+        (["--greedy"], ["run.eval_samples=1", "run.eval_k=[]", "run.eval_temperature=0"]),
+    ],
+)
+def test_options_of_eval_are_settings(
+    calls: Calls, words: list[str], settings: list[str], capsys: pytest.CaptureFixture[str]
+):
     Path("runs/x").mkdir(parents=True)
-    assert main(["eval", "runs/x", "--prompts", "64", "rollout.num_workers=2"]) == 0
-    assert main(["eval", "runs/x"]) == 0
-    assert calls.seen == [("runs/x", ["rollout.num_workers=2"], 64), ("runs/x", [], None)]
+    assert main(["eval", "runs/x", "--json", "--out", "here.jsonl", *words]) == 0
+    assert calls.seen == [("runs/x", settings, "here.jsonl", "")]
+    assert json.loads(capsys.readouterr().out)["steps"] == 80
 
 
 def test_report_prints_where_it_is(calls: Calls, capsys: pytest.CaptureFixture[str]):

@@ -66,7 +66,7 @@ def test_tree_files_sort_by_step_and_those_of_a_lost_future_go(tmp_path):
         "step_000010.jsonl.gz",
         "step_000100.jsonl.gz",
     ]
-    folder.drop_trees_after(10)
+    folder.drop_records_after(10)
     assert folder.tree_files() == [folder.tree_file(9), folder.tree_file(10)]
 
 

@@ -23,6 +23,11 @@ class FakeRun:
         self.finished = 0
         self.log_error: Exception | None = None
         self.finish_s = 0.0
+        self.metrics: dict[str, dict] = {}
+        self.summary: dict[str, object] = {}
+
+    def define_metric(self, name: str, **options: str) -> None:
+        self.metrics[name] = options
 
     def log(self, numbers: dict, step: int) -> None:
         if self.log_error:
@@ -92,6 +97,17 @@ def test_metrics_go_offline_into_the_run_folder_by_default(tmp_path, wandb):
     assert wandb.runs[0].logged == [(3, {"loss/total": 0.5})]
     assert wandb.runs[0].finished == 1
     assert not started.is_on
+
+
+def test_curves_and_summaries_are_set_up_for_whoever_opens_the_run(tmp_path, wandb):
+    started = start(tmp_path)
+    metrics = wandb.runs[0].metrics
+    tokens = "rollout/total_generated_tokens"
+    assert metrics["eval/*"] == {"step_metric": tokens}
+    assert metrics["eval/success_share"] == {"step_metric": tokens, "summary": "last,max"}
+    assert metrics["time/step_seconds"] == {"summary": "last,min"}
+    started.summarize({"success_after": 0.75, "steps": 60})
+    assert wandb.runs[0].summary == {"success_after": 0.75, "steps": 60}
 
 
 def test_a_disabled_tracker_never_touches_wandb(tmp_path, wandb):
