@@ -196,6 +196,7 @@ def rules() -> list[Rule]:
         numbers_are_in_range,
         source_timeouts,
         names_a_run,
+        traces_steps_that_are_run,
         tree_has_leaves_to_keep,
         forks_fit_the_leaves,
         prompts_fill_mini_batches,
@@ -256,6 +257,17 @@ def names_a_run(cfg: Config) -> list[Problem]:
         return []
     key, example = ("run.dir", "runs/mine") if cfg.run.name else ("run.name", "mine")
     return [Problem(f"{key} is empty: a run writes a folder of its own. Use e.g. {key}={example}.")]
+
+
+def traces_steps_that_are_run(cfg: Config) -> list[Problem]:
+    """Steps are counted from 1."""
+    return [
+        Problem(
+            f"run.profile_steps holds {step}, and the run has steps 1 to {cfg.run.num_steps}: nothing is traced then."
+        )
+        for step in cfg.run.profile_steps
+        if not 1 <= step <= cfg.run.num_steps
+    ]
 
 
 def tree_has_leaves_to_keep(cfg: Config) -> list[Problem]:

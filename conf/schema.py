@@ -493,6 +493,9 @@ class RunConfig:
     """Newest checkpoints kept on disk."""
     record_every_steps: int = 1
     """Write the scored trees of each so many steps to trees/; 0 to write none."""
+    profile_steps: list[int] = field(default_factory=list)
+    """Steps, from 1, of which profile/ gets traces: each operator of the learner, each stage of the driver, and what
+    every Ray process did. A traced update takes longer."""
     resume: bool = False
     """Continue the run in run.dir from its newest intact checkpoint."""
     max_restarts: int = 3

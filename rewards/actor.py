@@ -20,6 +20,7 @@ from rewards.models.base import ModelError
 from rewards.service import RewardService
 from rewards.types import ScoredTree
 from rollout.balance import at_home
+from rollout.busy import BusyClock
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.worker import send_output_to
@@ -90,10 +91,12 @@ class RewardActor:
         cache = Path(cache_path) if cache_path else None
         self._service = RewardService(cfg, columns, models=models, cache_path=cache)
         self._workers: list[Any] = []
+        self._clock = BusyClock()
 
     async def judge(self, source: str, tree: Tree, rows: list[int]) -> list[float | None]:
         """What a source says of steps of a tree that still grows."""
-        return await self._service.judge(source, tree, rows)
+        with self._clock.running():
+            return await self._service.judge(source, tree, rows)
 
     async def score(
         self,
@@ -111,7 +114,12 @@ class RewardActor:
         if rollout is not None and list(workers) != self._workers:
             self._workers = list(workers)
             self._service.use_completer(WorkerCompleter(self._workers, rollout))
-        return await self._service.score(tree, sources)
+        with self._clock.running():
+            return await self._service.score(tree, sources)
+
+    async def busy_seconds(self) -> dict[str, float]:
+        """Time with a tree to score so far, waiting for models included."""
+        return {"reward": self._clock.seconds()}
 
     async def pid(self) -> int:
         """Process id: another once Ray had to make the actor anew."""

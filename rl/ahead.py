@@ -14,7 +14,7 @@ from typing import Any
 
 from conf.errors import WaitTimeout
 from rollout.types import Prompt
-from rollout.waiting import SAY_AFTER_S
+from rollout.waiting import SAY_AFTER_S, waiting
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Ahead:
             if left_s <= 0:
                 raise WaitTimeout(f"the next batch did not grow within {limit_s:.0f} s. Look into the workers' logs.")
             try:
-                found = self._done.get(timeout=min(SAY_AFTER_S, left_s))
+                with waiting():
+                    found = self._done.get(timeout=min(SAY_AFTER_S, left_s))
             except queue.Empty:
                 logger.warning("still waiting for the next batch to grow after %.0f s", time.monotonic() - started)
                 continue

@@ -30,13 +30,15 @@ from rl.policy.weights import WeightPublisher
 from rl.prm import has_prm
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
-from rollout.waiting import wait_all
+from rollout.waiting import value_of, wait_all, waiting
 
 logger = logging.getLogger(__name__)
 
 CLOSE_LIMIT_S = 10.0
 SERVICE_RESTARTS = 3
 """How often Ray makes a lost reward service anew; it scores the trees again that it had."""
+BUSY_LIMIT_S = 5.0
+"""Longest wait for the processes to say how much they have worked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,10 @@ class Scoring:
         self._asks_workers = any(ENGINE in source.services for source in sources)
         self._pid = 0
 
+    def actors(self) -> list[Any]:
+        """The handle of the service, for who asks it beside this."""
+        return [self._actor]
+
     def submit(self, trees: Iterable[tuple[int, Tree]], sources: Collection[str] | None = None) -> dict[int, Any]:
         """Hand trees over as they arrive, so that scoring overlaps growing.
 
@@ -129,6 +135,32 @@ class Parts:
     publisher: WeightPublisher | None
     prm: PrmHandle | None = None
     """None unless the run trains a process reward model."""
+
+    def busy_seconds(self) -> dict[str, dict[str, float]]:
+        """Process -> part -> seconds with something to do so far (`rl.idle`); who does not answer soon is left out."""
+        actors = [*self.pool.actors(), *self.scoring.actors()]
+        actors += self.learner.actors() if self.learner else []
+        actors += self.prm.actors() if self.prm else []
+        calls = {actor.busy_seconds.remote(): actor for actor in actors}
+        found: dict[str, dict[str, float]] = {}
+        if not calls:
+            return found
+        with waiting():
+            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=BUSY_LIMIT_S)
+        for call in ready:
+            with contextlib.suppress(RayError):  # lost, as who needs it will find
+                found[calls[call]._actor_id.hex()] = value_of(call)
+        return found
+
+
+def write_ray_timeline(path: Path) -> None:
+    """Write what every Ray process did when, as a Chrome trace; what Ray cannot give is logged."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ray.timeline(filename=str(path))
+    except Exception as error:
+        # Ray raises whatever its store of events raises, and a picture is not worth a run.
+        logger.warning("Ray gave no timeline for %s: %s", path, error)
 
 
 @contextlib.contextmanager

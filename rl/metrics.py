@@ -225,6 +225,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("weights/sync_seconds", "time to bring new weights to the engines", "this step", Better.lower),
     Metric("weights/canary_gap_nats", "largest mean gap of an engine and the learner", "canary tokens", Better.lower),
     Metric("weights/version", "version of the weights the engines hold", "none"),
+    Metric(
+        "idle/<part>_share",
+        "time in which a part (rollout, engine, reward, prm, learner, driver) had nothing to do",
+        "seconds of the step, in the mean over the part's processes",
+        Better.lower,
+    ),
     *(Metric(f"time/{stage}_seconds", f"time of the stage {stage}", "this step", Better.lower) for stage in STAGES),
 )
 

@@ -21,10 +21,10 @@ from rl.credit.measured import Measured, measurements_needed
 from rl.credit.normalize import Moments
 from rl.credited import Credited, credited
 from rl.evaluate import evaluate, evaluation_metrics, evaluation_under
-from rl.exporter import Exporter
 from rl.health import health_metrics
+from rl.idle import IdleMeter, Span, write_stage_trace
 from rl.interrupts import end_as_interrupt, uninterrupted
-from rl.launch import Parts, launched
+from rl.launch import Parts, launched, write_ray_timeline
 from rl.metrics import MetricsLog, reward_metrics, rollout_metrics, staleness_metrics
 from rl.model import resolve_model
 from rl.outcomes import successes_of, write_outcomes
@@ -43,6 +43,7 @@ from rollout.health import check_tool_crashes
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Prompt
+from rollout.waiting import waited_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,10 @@ def opened_run(cfg: Config) -> Iterator[Run]:
         build_sources(cfg.rewards, source.draw(0, 1)[0].data.keys())  # now that the columns are known, by name
         tracker = Tracker(cfg.tracker, folder.path, cfg.run.name, settings(cfg))
         stack.callback(tracker.finish)
-        exporter = Exporter(cfg.tracker, {"run": cfg.run.name, "seed": str(cfg.seed), "task": cfg.task.name})
-        stack.callback(exporter.finish)
         with progress.stage("start"):
             parts = stack.enter_context(launched(cfg, model_path, folder.logs))
         route_logs(folder.logs)  # vllm and ray have put handlers of their own in place meanwhile
-        run = Run(cfg, folder, source, parts, progress, tracker, exporter)
+        run = Run(cfg, folder, source, parts, progress, tracker)
         run.restore()
         stack.callback(run.stop_growing)
         try:
@@ -114,24 +113,18 @@ class Run:
     """The state of the loop and the parts it drives."""
 
     def __init__(
-        self,
-        cfg: Config,
-        folder: RunFolder,
-        source: PromptSource,
-        parts: Parts,
-        progress: Progress,
-        tracker: Tracker,
-        exporter: Exporter,
+        self, cfg: Config, folder: RunFolder, source: PromptSource, parts: Parts, progress: Progress, tracker: Tracker
     ) -> None:
         self.cfg, self.folder, self.state = cfg, folder, RunState()
-        self._source, self._parts, self._progress = source, parts, progress
-        self._tracker, self._exporter = tracker, exporter
+        self._source, self._parts, self._progress, self._tracker = source, parts, progress, tracker
         self._metrics: dict[str, float] = {}
         self._scored: list[ScoredTree] = []
         self._drawn = self._refills = 0
         self._grow_seconds = 0.0
         self._started = self._step_started = time.monotonic()
         self._checkpointed_step = 0
+        self._idle = IdleMeter(parts.busy_seconds, waited_seconds)
+        self._spans: list[Span] = []
         self._log: MetricsLog | None = None
         self._shares: Shares | None = None
         self._ahead: Ahead | None = None
@@ -171,7 +164,8 @@ class Run:
 
     def next_prompts(self) -> list[Prompt]:
         """The first prompts of this step: a function of the seed and of what steps before it drew."""
-        self._metrics, self._scored, self._step_started = {}, [], time.monotonic()
+        self._idle.start()
+        self._metrics, self._scored, self._spans, self._step_started = {}, [], [], time.monotonic()
         self._drawn = self._refills = 0
         self._grow_seconds = 0.0
         if not self.cfg.rollout.max_staleness:
@@ -316,7 +310,11 @@ class Run:
         if self.cfg.run.checkpoint_every_steps and step % self.cfg.run.checkpoint_every_steps == 0:
             self.checkpoint()
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
+        self._metrics |= {f"idle/{part}_share": share for part, share in self._idle.shares().items()}
         self._metrics["time/step_seconds"] = time.monotonic() - self._step_started
+        if step in self.cfg.run.profile_steps:
+            write_stage_trace(self.folder.profiles / f"driver_step_{step:06d}.json", self._spans, step)
+            write_ray_timeline(self.folder.profiles / f"ray_until_step_{step:06d}.json")
         self._emit()
 
     def evaluate_if_due(self) -> None:
@@ -394,6 +392,7 @@ class Run:
         with self._progress.stage(name):
             yield
         seconds = time.monotonic() - started
+        self._spans.append(Span(name, started, seconds))
         self._metrics[f"time/{name}_seconds"] = self._metrics.get(f"time/{name}_seconds", 0.0) + seconds
         self.state.stage_seconds[name] = self.state.stage_seconds.get(name, 0.0) + seconds
 
@@ -401,7 +400,6 @@ class Run:
         assert self._log is not None, "the run was restored before it wrote metrics"
         self._log.append(self.state.step, self._metrics)
         self._tracker.log(self._metrics, self.state.step)
-        self._exporter.log(self._metrics, self.state.step)
         self._progress.update(self.state.step, self._metrics)
 
     def _summary(self) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "eval"
 
     @property
+    def profiles(self) -> Path:
+        """Folder of traces of the steps that run.profile_steps names."""
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints (`rl.checkpoint`)."""
         return self.path / "checkpoints"

@@ -1,4 +1,4 @@
-"""Experiment tracking by wandb. The run never waits for it, never stops for it, and never hands it a secret."""
+"""Experiment tracking by wandb and Prometheus. The run never waits for them, stops for them, or hands them a secret."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.schema import TrackerConfig, TrackerMode
+from rl.exporter import Exporter
 from rl.metrics import METRICS, Better
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ FINISH_TIMEOUT_S = 60.0
 
 
 class Tracker:
-    """Sends metrics to wandb, offline into the run folder unless asked otherwise.
+    """Sends metrics to wandb, offline into the run folder unless asked otherwise, and to Prometheus where asked.
 
     Whatever goes wrong there (no network, no account, its process killed) is logged once and turns tracking off: the
     metrics are in metrics.jsonl in any case.
@@ -40,6 +41,7 @@ class Tracker:
         """
         self._run: Any = None
         self._dir = run_dir
+        self._exporter = Exporter(cfg, {"run": name, "folder": str(run_dir)})
         if cfg.mode is TrackerMode.disabled:
             return
         options = {"project": cfg.project, "entity": cfg.entity or None, "name": name, "config": dict(config)}
@@ -50,11 +52,12 @@ class Tracker:
 
     @property
     def is_on(self) -> bool:
-        """False when disabled, finished, or given up."""
+        """Of wandb: false when disabled, finished, or given up."""
         return self._run is not None
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Send one step's metrics; those that were not finite numbers (None) are left out."""
+        self._exporter.log(metrics, step)
         numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
         if self._run is not None and not self._guard("log", lambda: self._run.log(numbers, step=step)):
             self._give_up()
@@ -65,7 +68,8 @@ class Tracker:
             self._give_up()
 
     def finish(self) -> None:
-        """Close the run, waiting at most FINISH_TIMEOUT_S for the last upload. Safe to call twice."""
+        """Close the page and the run, waiting at most FINISH_TIMEOUT_S for the last upload. Safe to call twice."""
+        self._exporter.finish()
         if self._run is None:
             return
         run, self._run = self._run, None

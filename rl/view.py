@@ -21,9 +21,10 @@ from rich.tree import Tree as TextTree
 
 from conf.errors import DataError
 from rewards.types import Score, ScoreStatus
-from rl.metrics import STAGES, read_metrics
+from rl.metrics import read_metrics
 from rl.record import RecordedTree, read_trees
 from rl.run_folder import RunFolder
+from rl.view_time import duration_text, time_section
 from rollout.tree import ROOT, Node
 from rollout.types import StopReason
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT, TRAINING, TOKENS = "eval/success_share", "rollout/success_share", "rollout/total_generated_tokens"
 SMOOTH_STEPS = 5
 """Steps in the running mean of training success; one step's batch is small and noisy."""
-STAGE_COLORS = ("#2563a8", "#7aa6d6", "#c9d8ea", "#d97a2b", "#efb27f", "#6b8f71", "#a9c3ad", "#8a8f98", "#c4c7cc")
 
 Row = dict[str, Any]
 
@@ -210,7 +210,14 @@ def score_text(score: Score) -> str:
 
 def _page(run: _Run) -> str:
     title = escape(str(run.setting("run.name", run.folder.path.name)))
-    sections = (_headline(run), _curve(run), _settings(run), _time(run), _rewards(run), _tree_section(run))
+    sections = (
+        _headline(run),
+        _curve(run),
+        _settings(run),
+        time_section(run.series),
+        _rewards(run),
+        _tree_section(run),
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
@@ -236,15 +243,6 @@ def _headline(run: _Run) -> str:
     )
 
 
-def duration_text(seconds: float) -> str:
-    """Seconds as a person would say them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def _curve(run: _Run) -> str:
     picture = base64.b64encode(run.folder.curve.read_bytes()).decode("ascii")
     return (
@@ -268,24 +266,6 @@ def _settings(run: _Run) -> str:
     }
     cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<section><h2>Settings</h2><table>{cells}</table></section>"
-
-
-def _time(run: _Run) -> str:
-    totals = {stage: sum(run.series(f"time/{stage}_seconds")) for stage in STAGES if stage != "step"}
-    totals = {stage: seconds for stage, seconds in totals.items() if seconds > 0}
-    whole = sum(totals.values())
-    if not whole:
-        return ""
-    parts = list(zip(totals.items(), STAGE_COLORS, strict=False))
-    bar = "".join(
-        f'<i style="flex:{seconds / whole:.4f};background:{color}" title="{stage}"></i>'
-        for (stage, seconds), color in parts
-    )
-    keys = "".join(
-        f'<li><i style="background:{color}"></i>{stage} <b>{duration_text(seconds)}</b> {seconds / whole:.0%}</li>'
-        for (stage, seconds), color in parts
-    )
-    return f"<section><h2>Time per stage</h2><div class=bar>{bar}</div><ul class=key>{keys}</ul></section>"
 
 
 def _rewards(run: _Run) -> str:
@@ -436,6 +416,8 @@ svg polyline{fill:none;stroke:#2563a8;stroke-width:1.6;stroke-linejoin:round}svg
 .key{display:flex;flex-wrap:wrap;gap:4px 22px;margin:12px 0 0;padding:0;list-style:none;color:var(--dim)}
 .key b{color:var(--ink);font-weight:500}
 .key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:7px}
+.parts{display:grid;grid-template-columns:max-content 1fr max-content;gap:6px 14px;align-items:center;margin-top:22px}
+.parts .bar{height:14px;background:#edf0f3}.parts span{color:var(--dim);font-variant-numeric:tabular-nums}
 .wide{width:calc(100vw - 56px);margin-left:calc(50% - 50vw + 28px)}
 .wide h2,.legend{max-width:944px;margin-left:auto;margin-right:auto}.legend{color:var(--dim);margin-bottom:14px}
 .scroll{overflow-x:auto;padding:14px 0 24px}.scroll>.node{width:max-content;margin:0 auto}

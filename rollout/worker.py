@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from conf.schema import Config, EngineKind, RolloutConfig
+from rollout.busy import BusyClock, TimedEngine
 from rollout.engine import Engine
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
@@ -82,6 +83,7 @@ class RolloutWorker:
         send_output_to(Path(log_path))
         self._cfg, self._model_path = cfg, model_path
         self._judge = ActorJudge(judge_actor, cfg.rollout.judge) if cfg.rollout.judge else None
+        self._clock = BusyClock()
 
     async def start(self) -> None:
         """Load model, tokenizer and environment."""
@@ -91,24 +93,32 @@ class RolloutWorker:
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._model_path)
         self._environment = build_environment(self._cfg, self._tokenizer)
-        self._engine = build_engine(self._cfg, self._model_path)
+        self._engine = TimedEngine(build_engine(self._cfg, self._model_path))
 
     async def grow(self, prompt: Prompt, rollout: RolloutConfig, seed: int) -> Tree:
         """Grow the tree of one prompt."""
         expander = build_expander(rollout, derive_seed(seed, "expander"), self._tokenizer.decode)
-        return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed, self._judge)
+        with self._clock.running():
+            return await grow_tree(prompt, self._engine, self._environment, expander, rollout, seed, self._judge)
 
     async def complete(self, prompt: Prompt, steps: list[Node], num: int, rollout: RolloutConfig, seed: int) -> Tree:
         """Go on from the end of a path, `num` times (`rollout.grow.complete_path`)."""
-        return await complete_path(prompt, steps, num, self._engine, self._environment, rollout, seed)
+        with self._clock.running():
+            return await complete_path(prompt, steps, num, self._engine, self._environment, rollout, seed)
 
     async def sample(self, requests: list[tuple[list[int], Sampling]]) -> list[Sampled]:
         """Sample single steps, for the canary."""
-        return await asyncio.gather(*(self._engine.sample(context_ids, each) for context_ids, each in requests))
+        with self._clock.running():
+            return await asyncio.gather(*(self._engine.sample(context_ids, each) for context_ids, each in requests))
 
     async def load_weights(self, path: str, version: int) -> None:
         """Take new weights in place."""
-        await self._engine.load_weights(path, version)
+        with self._clock.running():
+            await self._engine.load_weights(path, version)
+
+    async def busy_seconds(self) -> dict[str, float]:
+        """Time with something to do so far: of the worker, and of its engine, which rests while a tool works."""
+        return {"rollout": self._clock.seconds(), "engine": self._engine.clock.seconds()}
 
     async def pid(self) -> int:
         """Process id, for those who want to look or to kill."""

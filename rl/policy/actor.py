@@ -17,7 +17,9 @@ from conf.schema import Config
 from rl.credit.measured import Needs
 from rl.policy.memory import keep_freed_memory
 from rl.policy.pack import TreeCredit
+from rl.policy.profile import PROFILES, profiled
 from rl.policy.ranks import Ranks, join, meeting_address, open_meeting
+from rollout.busy import BusyClock
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all
 from rollout.worker import send_output_to
@@ -38,6 +40,8 @@ class LearnerActor:
         logging.getLogger("rl").setLevel(logging.INFO)
         self._cfg, self._model_path, self._rank = cfg, model_path, rank
         self._meeting: Any = None
+        self._clock = BusyClock()
+        self._profiles = Path(log_path).parent.parent / PROFILES
 
     def open_meeting(self) -> str:
         """Rank 0: open the place where the ranks meet; returns its address."""
@@ -61,27 +65,37 @@ class LearnerActor:
 
     def update(self, trees: list[TreeCredit], step: int) -> dict[str, float]:
         """One step of training; returns its metrics."""
-        return self._learner.update(trees, step)
+        trace = self._profiles / f"learner_rank{self._rank}_step_{step + 1:06d}.json.gz"
+        with self._clock.running(), profiled(trace if step + 1 in self._cfg.run.profile_steps else None):
+            return self._learner.update(trees, step)
 
     def measure(self, trees: list[Tree], needs: Needs) -> Any:
         """What credit must know of the policy at the steps of `trees`."""
-        return self._learner.measure(trees, needs)
+        with self._clock.running():
+            return self._learner.measure(trees, needs)
 
     def score(self, samples: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Log-probabilities of each (context ids, action ids) sample, at temperature 1."""
-        return self._learner.score(samples)
+        with self._clock.running():
+            return self._learner.score(samples)
 
     def save_weights(self, path: str) -> None:
         """Write what the engines load."""
-        self._learner.save_weights(path)
+        with self._clock.running():
+            self._learner.save_weights(path)
 
     def save(self, folder: str) -> None:
         """Write a checkpoint."""
-        self._learner.save(folder)
+        with self._clock.running():
+            self._learner.save(folder)
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint folder, without executing anything stored in it."""
         self._learner.load(folder)
+
+    def busy_seconds(self) -> dict[str, float]:
+        """Time with something to do so far."""
+        return {"learner": self._clock.seconds()}
 
 
 class LearnerGroup:
@@ -166,6 +180,10 @@ class LearnerGroup:
                 "of its log says why; a process killed without a word was often out of memory: lower "
                 "learner.pack_tokens, or set learner.gradient_checkpointing=true."
             ) from error
+
+    def actors(self) -> list[Any]:
+        """Handles by rank, for who asks them beside the group."""
+        return list(self._actors)
 
     def pids(self) -> list[int]:
         """Process ids by rank, for those who want to look or to kill."""

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 from conf.errors import WorkerLost
 from conf.schema import Config
 from rl.policy.memory import keep_freed_memory
+from rollout.busy import BusyClock
 from rollout.tree import Tree
 from rollout.waiting import wait_all
 from rollout.worker import send_output_to
@@ -29,6 +30,7 @@ class PrmActor:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", force=True)
         self._cfg, self._policy_path = cfg, policy_path
         self._model: Any = None
+        self._clock = BusyClock()
 
     def start(self) -> None:
         """Load the weights."""
@@ -41,11 +43,17 @@ class PrmActor:
 
     def score(self, trees: list[Tree]) -> list[dict[int, float]]:
         """Score of every step of a trained path, one mapping per tree."""
-        return self._model.score(trees)
+        with self._clock.running():
+            return self._model.score(trees)
 
     def update(self, trees: list[Tree], outcomes: list[dict[int, float]], step: int) -> dict[str, float]:
         """Learn from how trajectories ended; returns metrics."""
-        return self._model.update(trees, outcomes, step)
+        with self._clock.running():
+            return self._model.update(trees, outcomes, step)
+
+    def busy_seconds(self) -> dict[str, float]:
+        """Time with something to do so far."""
+        return {"prm": self._clock.seconds()}
 
     def save(self, folder: str) -> None:
         """Write weights and moments into a folder."""
@@ -71,6 +79,10 @@ class PrmHandle:
         self._log = str(log_dir / LOG)
         self._actor: Any = ray.remote(PrmActor).options(**options).remote(cfg, policy_path, self._log)
         self._loading = self._actor.start.remote()
+
+    def actors(self) -> list[Any]:
+        """The handle, for who asks it beside this."""
+        return [self._actor]
 
     def ready(self) -> Any:
         """Answered once the model is loaded."""

@@ -683,3 +683,8 @@ def test_metrics_for_prometheus_have_a_port_and_a_file_that_somebody_reads(demo:
     assert texts(demo({"tracker.metrics_port": 9400, "tracker.metrics_file": "grove.prom"})) == []
     assert "is no port" in only(demo({"tracker.metrics_port": 70000}))
     assert "does not end in .prom" in only(demo({"tracker.metrics_file": "grove.txt"}))
+
+
+def test_traced_steps_are_steps_of_the_run(demo: Change):
+    assert texts(demo({"run.profile_steps": [1, 60]})) == []
+    assert "run.profile_steps holds 0, and the run has steps 1 to 500" in only(demo({"run.profile_steps": [0]}))

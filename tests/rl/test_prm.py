@@ -46,6 +46,9 @@ class World:
     def grow(self, prompts: list[Prompt], seed: int) -> Iterator[tuple[int, Tree]]:
         return ((index, self._scored(prompt.id).tree) for index, prompt in enumerate(prompts))
 
+    def actors(self) -> list[Any]:
+        return []
+
     def submit(self, trees: Iterator[tuple[int, Tree]]) -> dict[int, Tree]:
         return dict(trees)
 
@@ -65,6 +68,9 @@ class Prm:
     def __init__(self, says: float | None = None) -> None:
         self.log: list[Any] = []
         self.updates, self.says = 0, says
+
+    def actors(self) -> list[Any]:
+        return []
 
     def score(self, trees: Sequence[Tree]) -> Any:
         self.log.append(("score", [tree.prompt.id for tree in trees]))

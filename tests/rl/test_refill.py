@@ -46,6 +46,9 @@ class TwoAnswers:
         self.batches.append([prompt.id for prompt in prompts])
         return ((index, self._scored(prompt.id).tree) for index, prompt in enumerate(prompts))
 
+    def actors(self) -> list[Any]:
+        return []
+
     def submit(self, trees: Iterator[tuple[int, Tree]]) -> dict[int, Tree]:
         return dict(trees)
 
