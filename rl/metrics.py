@@ -226,7 +226,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("weights/canary_gap_nats", "largest mean gap of an engine and the learner", "canary tokens", Better.lower),
     Metric("weights/version", "version of the weights the engines hold", "none"),
     Metric(
-        "idle/<part>_share",
+        "time/<part>_idle_share",
         "time in which a part (rollout, engine, reward, prm, learner, driver) had nothing to do",
         "seconds of the step, in the mean over the part's processes",
         Better.lower,

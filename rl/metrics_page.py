@@ -18,8 +18,7 @@ TITLES = {
     "loss": "The loss",
     "learner": "The learner",
     "weights": "New weights",
-    "idle": "Who had nothing to do",
-    "time": "Stages",
+    "time": "Where the time goes",
 }
 ARROWS = {Better.higher: "higher", Better.lower: "lower", Better.neutral: ""}
 

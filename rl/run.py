@@ -310,7 +310,7 @@ class Run:
         if self.cfg.run.checkpoint_every_steps and step % self.cfg.run.checkpoint_every_steps == 0:
             self.checkpoint()
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
-        self._metrics |= {f"idle/{part}_share": share for part, share in self._idle.shares().items()}
+        self._metrics |= {f"time/{part}_idle_share": share for part, share in self._idle.shares().items()}
         self._metrics["time/step_seconds"] = time.monotonic() - self._step_started
         if step in self.cfg.run.profile_steps:
             write_stage_trace(self.folder.profiles / f"driver_step_{step:06d}.json", self._spans, step)

@@ -46,7 +46,7 @@ def time_section(series: Series) -> str:
 
 def _parts(series: Series) -> str:
     """A bar for each part: filled for the share of the steps in which it had something to do."""
-    idle = {part: fmean(shares) for part in PARTS if (shares := series(f"idle/{part}_share"))}
+    idle = {part: fmean(shares) for part in PARTS if (shares := series(f"time/{part}_idle_share"))}
     if not idle:
         return ""
     rows = "".join(

@@ -53,7 +53,7 @@ def test_shares_stay_shares_whatever_the_clocks_say():
 
 
 def test_every_part_has_a_declared_metric():
-    assert all(declared(f"idle/{part}_share") for part in PARTS)
+    assert all(declared(f"time/{part}_idle_share") for part in PARTS)
 
 
 def test_stages_are_written_as_a_trace_that_viewers_read(tmp_path: Path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import WARM_START, WARM_STARTS
 
+from rl.outcomes import read_outcomes
 from rl.record import read_trees
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 SMALL = [
     "experiment=hop_search",
     "run.eval_prompts=16",
+    "run.eval_samples=2",
     "run.eval_every_steps=2",
     "run.checkpoint_every_steps=2",
     "rollout.prompts_per_step=4",
@@ -50,7 +52,8 @@ def train(room: Path, name: str, *overrides: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def whole(room: Path) -> Path:
-    train(room, "whole", f"run.num_steps={STEPS}")
+    seen = [f"tracker.metrics_file={room / 'grove.prom'}", "run.profile_steps=[2]"]
+    train(room, "whole", f"run.num_steps={STEPS}", *seen)
     return room / "whole"
 
 
@@ -73,6 +76,60 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Path):
         assert summary[key] is not None, key
     assert set(summary["stage_seconds"]) >= {"grow", "score", "credit", "update", "publish", "eval", "checkpoint"}
     assert summary["steps"] == STEPS and 0 < summary["trained_tokens"] <= summary["generated_tokens"]
+
+
+def test_each_held_out_sample_is_kept_beside_the_metrics_made_of_them(whole: Path):
+    rows = {row["step"]: row for row in metrics(whole) if "eval/success_share" in row}
+    assert list(rows) == [0, 2, 4]
+    for step, row in rows.items():
+        outcomes = read_outcomes(whole / "eval" / f"step_{step:06d}.jsonl")
+        assert len(outcomes) == 16 and all(len(each.samples) == 2 for each in outcomes)
+        # pass@1 is the mean of the prompts' shares, pass@2 the share of prompts with one right, pass^2 with both
+        shares = [each.success_share for each in outcomes]
+        assert row["eval/success_share"] == pytest.approx(sum(shares) / 16)
+        assert row["eval/pass_at_2_share"] == pytest.approx(sum(share > 0 for share in shares) / 16)
+        assert row["eval/pass_all_2_share"] == pytest.approx(sum(share == 1 for share in shares) / 16)
+
+
+def test_who_had_nothing_to_do_is_measured_and_shown(whole: Path, room: Path):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "time/step_seconds" in row]
+    for part in ("rollout", "engine", "reward", "learner", "driver"):
+        assert all(0 <= row[f"time/{part}_idle_share"] <= 1 for row in trained), part
+    assert all(row["time/engine_idle_share"] >= row["time/rollout_idle_share"] - 1e-3 for row in trained)
+    # in a synchronous step the engines rest while the learner works
+    assert all(row["time/rollout_idle_share"] + row["time/learner_idle_share"] > 0.9 for row in trained)
+    assert "rollout workers" in (whole / "report.html").read_text()
+    assert f"grove_steps_total {STEPS}.0" in (room / "grove.prom").read_text()
+
+
+def test_a_profiled_step_leaves_traces_of_learner_driver_and_ray(whole: Path):
+    folder = whole / "profile"
+    names = {"driver_step_000002.json", "learner_rank0_step_000002.json.gz", "ray_until_step_000002.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    with gzip.open(folder / "learner_rank0_step_000002.json.gz", "rt") as file:
+        assert any(str(event.get("name")).startswith("aten::") for event in json.load(file)["traceEvents"])
+    stages = json.loads((folder / "driver_step_000002.json").read_text())["traceEvents"]
+    assert {event["name"] for event in stages} >= {"grow", "score", "credit", "update", "publish"}
+    did = {event["name"] for event in json.loads((folder / "ray_until_step_000002.json").read_text())}
+    assert any("grow" in name for name in did) and any("update" in name for name in did), did
+
+
+@pytest.mark.timeout(300)
+def test_eval_measures_a_run_by_itself(whole: Path, room: Path):
+    words = ["eval", str(whole), "--prompts", "6", "--samples", "4", "--score", "progress", "--json"]
+    quick = ["rollout.engine=transformers", "rollout.num_workers=1"]
+    before = (whole / "eval" / "step_000004.jsonl").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "rl.cli", *words, *quick], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert (found["prompts"], found["samples"]) == (6, 24)
+    assert found["estimates"].keys() >= {"success", "pass_at_2", "pass_all_4", "best_of_4"}
+    outcomes = read_outcomes(whole / "eval" / "alone_000004.jsonl")
+    assert found["success_share"] == pytest.approx(sum(each.success_share for each in outcomes) / 6)
+    assert (whole / "eval" / "step_000004.jsonl").read_bytes() == before, "the run's own record stays"
 
 
 def test_recorded_trees_hold_the_path_law_the_versions_and_the_credit(whole: Path):

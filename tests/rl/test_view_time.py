@@ -6,8 +6,8 @@ from rl.view_time import SHOWN_PARTS, duration_text, time_section
 ROWS = {
     "time/grow_seconds": [3.0, 1.0],
     "time/update_seconds": [4.0],
-    "idle/learner_share": [0.25, 0.75],
-    "idle/driver_share": [1.0, 0.8],
+    "time/learner_idle_share": [0.25, 0.75],
+    "time/driver_idle_share": [1.0, 0.8],
 }
 
 
