@@ -10,8 +10,10 @@ from rollout.types import Sampled, Sampling
 class Engine(Protocol):
     """Samples steps behind a prefix of token ids and takes new weights in place."""
 
-    version: int
-    """Version of the weights it samples from; 0 before the first update."""
+    @property
+    def version(self) -> int:
+        """Version of the weights it samples from; 0 before the first update."""
+        ...
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         """Continue `context_ids` by one step. Siblings that share a prefix are computed behind one cached prefix."""
