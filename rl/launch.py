@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CLOSE_LIMIT_S = 10.0
 SERVICE_RESTARTS = 3
 """How often Ray makes a lost reward service anew; it scores the trees again that it had."""
-BUSY_LIMIT_S = 5.0
+BUSY_LIMIT_S = 2.0
 """Longest wait for the processes to say how much they have worked."""
 
 

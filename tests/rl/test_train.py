@@ -95,10 +95,12 @@ def test_who_had_nothing_to_do_is_measured_and_shown(whole: Path, room: Path):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "time/step_seconds" in row]
     for part in ("rollout", "engine", "reward", "learner", "driver"):
-        assert all(0 <= row[f"time/{part}_idle_share"] <= 1 for row in trained), part
-    assert all(row["time/engine_idle_share"] >= row["time/rollout_idle_share"] - 1e-3 for row in trained)
-    # in a synchronous step the engines rest while the learner works
-    assert all(row["time/rollout_idle_share"] + row["time/learner_idle_share"] > 0.9 for row in trained)
+        shares = [row[f"time/{part}_idle_share"] for row in trained if f"time/{part}_idle_share" in row]
+        assert shares and all(0 <= share <= 1 for share in shares), part
+    for row in (row for row in trained if {"time/engine_idle_share", "time/learner_idle_share"} <= row.keys()):
+        assert row["time/engine_idle_share"] >= row["time/rollout_idle_share"] - 1e-3
+        # in a synchronous step the engines rest while the learner works
+        assert row["time/engine_idle_share"] + row["time/learner_idle_share"] > 0.9
     assert "rollout workers" in (whole / "report.html").read_text()
     assert f"grove_steps_total {STEPS}.0" in (room / "grove.prom").read_text()
 
