@@ -14,6 +14,7 @@ from conf import (
     check_machine,
     check_rewards,
     check_select,
+    check_sweep,
     check_task,
     check_world,
 )
@@ -218,6 +219,7 @@ def rules() -> list[Rule]:
         check_rewards,
         check_credit,
         check_select,
+        check_sweep,
         check_task,
         check_world,
     )

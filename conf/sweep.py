@@ -22,8 +22,12 @@ from conf.errors import ConfigError
 from conf.keys import entry_kind, field_kinds, group_choices, is_record, kind_of
 from conf.schema import Config, SearchKind, SweepConfig
 
-PLACES = ("run.dir", "run.resume")
-"""Settings that a sweep gives each member itself."""
+OWN = {
+    "run.dir": "all members would share one folder: each has its own, in that of sweep.dir.",
+    "run.resume": "the same command once more resumes what is not finished, without it.",
+    "run.max_restarts": "a sweep starts members that failed again by itself: set sweep.max_retries.",
+}
+"""Settings that a sweep gives each member itself, and why."""
 LOOSE = re.compile(r"[^A-Za-z0-9.+_-]+")
 MAX_NAME = 100
 """Characters of a member's name; a folder's may have 255."""
@@ -124,11 +128,8 @@ def read_sweep(words: list[str], config_dir: str = "") -> Sweep:
     fixed: list[str] = []
     for each in [*(preset for preset in presets if preset.key_or_group not in given), *overrides]:
         key = each.key_or_group
-        if key in PLACES:
-            raise ConfigError(
-                f'"{each.input_line}" would send all members to one folder: each has its own. Use sweep.dir for the '
-                f"sweep's folder; the same command once more resumes what is not finished."
-            )
+        if key in OWN:
+            raise ConfigError(f'"{each.input_line}" is not for a sweep: {OWN[key]}')
         if not each.is_sweep_override():
             if not key.startswith("sweep.") and key != "sweep":
                 fixed.append(each.input_line or "")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import torch
 
 from conf.errors import ConfigError
 from conf.schema import Config, HopSearchConfig, WarmStartConfig
+from rl.locks import locked
 from rl.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from rollout.envs.hop_search import HopSearchRows, demonstration
 from rollout.seeds import derive_seed
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Qwen3ForCausalLM, TrainerCallback
 
+logger = logging.getLogger(__name__)
+
 Report = Callable[[int, int, float], None]
 """Called as report(step, total_steps, loss) a few dozen times in a warm start."""
+
+LOCK_LIMIT_S = 1800.0
+WAITING = "waiting for another process that trains the warm start %s"
 
 RECIPE = 1
 """Raised whenever the recipe below changes, so that checkpoints of an older one are not reused."""
@@ -58,8 +65,11 @@ def warm_started_model(cfg: Config, report: Report | None = None) -> Path:
     folder = Path(cfg.model.warm_start.cache_dir) / _cache_key(cfg)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".training-") as scratch:
+    # Members of a sweep share their warm start: the first one trains it, and after the limit each its own.
+    lock = locked(folder.parent / ".locks" / folder.name, LOCK_LIMIT_S, lambda: logger.info(WAITING, folder))
+    with lock or nullcontext(), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".training-") as scratch:
+        if folder.is_dir():
+            return folder
         model = _trained_model(cfg, scratch, report or _no_report)
         finished = save_tiny_model(Path(scratch) / "model", model)
         with suppress(OSError):  # another run finished the same model first: its folder is as good as ours

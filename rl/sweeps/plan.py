@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.check_machine import num_cores, num_gpus
+from conf.check_sweep import sweep_problems
 from conf.checks import require_runnable
-from conf.compose import compose
+from conf.compose import compose, numbered
 from conf.errors import ConfigError
 from conf.keys import did_you_mean
 from conf.schema import Config, Inapplicable, SearchKind
@@ -151,12 +152,8 @@ def check_sweep(sweep: Sweep) -> None:
     Raises: ConfigError.
     """
     settings = sweep.settings
-    for name, least in (("parallel", 1), ("num_trials", 1), ("num_checks", 1), ("max_retries", 0)):
-        if getattr(settings, name) < least:
-            raise ConfigError(f"sweep.{name}={getattr(settings, name)} cannot be: it must be {least} or more.")
-    for name in ("max_silent_s", "stop_timeout_s"):
-        if not getattr(settings, name) > 0:
-            raise ConfigError(f"sweep.{name}={getattr(settings, name)} cannot be: give seconds, above 0.")
+    if wrong := sweep_problems(settings):
+        raise ConfigError(numbered([each.text for each in wrong]))
     folder = Path(sweep.folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"sweep.dir={folder} is a file; the sweep needs a folder of its own. Use another sweep.dir.")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -23,6 +24,7 @@ MAX_REASON = 300
 ERROR = re.compile(r"^(?:\x1b\[\d+m)?error: (.*)")
 EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Timeout|Lost|Failed|Interrupt|Exit)\b.*")
 COLOR = re.compile(r"\x1b\[[\d;]*m")
+PROGRAM = (sys.executable, "-m", "rl.sweeps.member")
 CONFIG_EXIT, INTERRUPT_EXIT = 2, 130
 
 
@@ -60,7 +62,8 @@ def settings_of(record: SweepRecord, member: MemberRecord) -> list[str]:
     folder = record.folder(member).path
     place = [f"run.name={_quoted(f'{record.run_name}-{member.name}')}", f"run.dir={_quoted(str(folder))}"]
     config_dir = ["--config-dir", record.config_dir] if record.config_dir else []
-    return [*member.overrides, *place, "run.resume=true", *config_dir]
+    # the sweep itself starts a lost member again
+    return [*member.overrides, *place, "run.resume=true", "run.max_restarts=0", *config_dir]
 
 
 def command_of(record: SweepRecord, member: MemberRecord) -> str:
@@ -113,8 +116,14 @@ class LocalProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def launch_locally(record: SweepRecord, member: MemberRecord, gpus: str | None) -> LocalProcess:
-    """Start a member on this machine; with cluster.address it is a driver whose parts Ray places on the cluster."""
+def launch_locally(
+    record: SweepRecord, member: MemberRecord, gpus: str | None, program: Sequence[str] = PROGRAM
+) -> LocalProcess:
+    """Start a member on this machine; with cluster.address it is a driver whose parts Ray places on the cluster.
+
+    Args:
+        program: the command that trains, to be followed by our process id, the run folder and all settings.
+    """
     folder = record.folder(member)
     folder.logs.mkdir(parents=True, exist_ok=True)
     log = record.log(member)
@@ -124,9 +133,8 @@ def launch_locally(record: SweepRecord, member: MemberRecord, gpus: str | None) 
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpus
-    words = [sys.executable, "-m", "rl.sweeps.member", str(os.getpid()), str(folder.path)]
     process = subprocess.Popen(
-        [*words, *settings_of(record, member)],
+        [*program, str(os.getpid()), str(folder.path), *settings_of(record, member)],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from conf.errors import ConfigError
 from conf.schema import SearchKind
 from conf.sweep import Sweep
 from rl.interrupts import end_as_interrupt
+from rl.locks import locked
 from rl.sweeps.plan import Plan, plan, problem, resource_warnings
 from rl.sweeps.process import (
     CONFIG_EXIT,
@@ -212,7 +212,7 @@ class SweepRun:
                 self._end(member, Status.pruned, "the trial's first seed fell behind earlier trials")
 
 
-def run_sweep(sweep: Sweep, warn: Callable[[str], None], show: Callable[[SweepRecord], Show] = Show) -> SweepRecord:
+def run_sweep(sweep: Sweep, warn: Callable[[str], None], launch: Launch = launch_locally) -> SweepRecord:
     """Plan, check and run a sweep, or go on with one that was begun.
 
     Returns: its record, with every member done.
@@ -227,10 +227,10 @@ def run_sweep(sweep: Sweep, warn: Callable[[str], None], show: Callable[[SweepRe
         record.save()
         visible = [] if _joins_cluster(sweep, planned) else visible_gpus()
         slots = gpu_slots(visible, sweep.settings.parallel)
-        with show(record) as shown, end_as_interrupt():
+        with Show(record) as shown, end_as_interrupt():
             search = _search(sweep, record)
             only = None if search is not None else frozenset(each.name for each in planned.members)
-            run = SweepRun(sweep, record, shown, search, slots=slots, only=only)
+            run = SweepRun(sweep, record, shown, search, launch, slots=slots, only=only)
             done = record.count(*(status for status in Status if status.is_over))
             begun = record.count(Status.running, Status.stopped)
             if done or begun:
@@ -296,19 +296,16 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises: ConfigError.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = locked(folder)
     except OSError as error:
         raise ConfigError(
             f"the sweep's folder {folder} cannot be written ({error}): a sweep that leaves nothing behind is lost. "
             f"Choose another with sweep.dir."
         ) from error
+    if file is None:
+        raise ConfigError(
+            f"another process runs the sweep in {folder}: two would train the same members. Wait for it, stop it, "
+            f"or use another sweep.dir."
+        )
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another process runs the sweep in {folder}: two would train the same members. Wait for it, stop it, "
-                f"or use another sweep.dir."
-            ) from error
         yield

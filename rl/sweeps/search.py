@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from conf.errors import ConfigError
 from conf.schema import Pruner, SweepConfig
 from conf.sweep import Member, Sweep, Varied
-from rl.sweeps.curves import Curve, curve_of, is_better_high, value_at
+from rl.curves import Curve, curve_of, is_better_high, value_at
 from rl.sweeps.record import MemberRecord, Status, SweepRecord
 from rollout.seeds import derive_seed
 

@@ -66,7 +66,8 @@ class Show:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> None:
-        """Print the table of all members."""
+        """Print how many members came to what, and the table of them."""
+        self.note(f"{self._record.path}: {status_counts(self._record.members)}")
         self._console.print(members_table(self._record))
 
     def _panel(self) -> RenderableType:
@@ -121,7 +122,7 @@ def member_line(member: MemberRecord) -> str:
 
 def members_table(record: SweepRecord) -> Table:
     """All members with what they came to."""
-    table = Table(title=f"{record.path}: {status_counts(record.members)}", title_justify="left", box=None)
+    table = Table(box=None, pad_edge=False)
     for column in ("member", "status"):
         table.add_column(column)
     for column in ("before", "after", "tokens", "time", "tries"):

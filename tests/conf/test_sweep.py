@@ -90,7 +90,8 @@ def test_an_interval_needs_a_search():
     ("words", "part"),
     [
         (["seed=1"], "nothing varies, and a sweep of one run is a run"),
-        (["seed=1,2", "run.dir=here"], "would send all members to one folder"),
+        (["seed=1,2", "run.dir=here"], "all members would share one folder"),
+        (["seed=1,2", "run.max_restarts=1"], "set sweep.max_retries"),
         (["run.name=a,b"], "a sweep has one run.name"),
         (["sweep.parallel=1,2"], "a sweep has one sweep.parallel"),
         (["seed=shuffle(1,2,3)"], "would shuffle anew each time"),

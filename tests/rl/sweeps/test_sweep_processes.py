@@ -1,0 +1,138 @@
+"""Sweeps of real processes, killed half-way and resumed; first with members that train nothing, then with real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rl.sweeps.record import Status, SweepRecord, read_record
+
+pytestmark = pytest.mark.slow
+
+SHORT = [sys.executable, str(Path(__file__).with_name("short_members.py")), "sweep"]
+MEMBERS = int(os.environ.get("GROVE_SWEEP_MEMBERS", "4"))
+"""Of the real sweep; 12 takes minutes."""
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not true():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def started(command: list[str], log: Path) -> subprocess.Popen[str]:
+    with log.open("a") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finished(folder: Path) -> int:
+    return read_record(folder).count(Status.finished) if (folder / "sweep.json").exists() else 0
+
+
+def test_twelve_members_one_poisoned_killed_half_way_and_resumed(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    command = [*SHORT, f"sweep.dir={folder}", "sweep.parallel=3", "rollout.num_workers=1", "seed=range(1,13)"]
+    first = started(command, tmp_path / "log")
+    until(lambda: finished(folder) >= 5, first, 60)
+    first.kill()
+    first.wait()
+    left = read_record(folder)  # what the kill left: some members finished, up to three in the middle
+    done = {each.name for each in left.members if each.status is Status.finished}
+    assert 5 <= len(done) < 11 and left.count(Status.running) >= 1
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    record = read_record(folder)
+    assert (record.count(Status.finished), record.count(Status.failed)) == (11, 1)
+    poisoned = next(each for each in record.members if each.status is Status.failed)
+    assert poisoned.name == "seed5" and poisoned.tries == 2
+    assert poisoned.reason == "ValueError: this seed is poisoned (exit code 1)"
+    assert "11 finished, 1 failed" in second.stdout
+    # nothing twice: a finished member was not started again, and one in the middle went on from its checkpoint
+    starts = Counter(lines(folder / "starts.txt"))
+    assert all(starts[name] == 1 for name in done)
+    assert max(Counter(lines(folder / "ticks.txt")).values()) == 1
+    assert len(lines(folder / "ticks.txt")) == 11 * 4
+
+
+def test_ctrl_c_stops_members_with_their_checkpoints_and_says_how_to_go_on(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    command = [*SHORT, f"sweep.dir={folder}", "sweep.parallel=2", "rollout.num_workers=1", "seed=1,2,3,4"]
+    process = started(command, tmp_path / "log")
+    until(lambda: len(lines(folder / "ticks.txt")) >= 3, process, 60)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert "members; they write their checkpoints" in (tmp_path / "log").read_text()
+    assert read_record(folder).count(Status.stopped, Status.finished) >= 2
+    assert read_record(folder).count(Status.running) == 0
+
+
+def test_a_sweep_in_use_is_not_run_twice(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    command = [*SHORT, f"sweep.dir={folder}", "rollout.num_workers=1", "seed=1,2,3,4"]
+    process = started(command, tmp_path / "log")
+    until(lambda: bool(lines(folder / "starts.txt")), process, 60)
+    try:
+        again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert again.returncode == 1 and "another process runs the sweep in" in again.stderr
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+TRAP = """
+def trap(step, number):
+    if number == 1:
+        raise ValueError("poisoned")
+    return 0.0
+"""
+
+
+def real(folder: Path, room: Path) -> list[str]:
+    cheap = ["experiment=hop_search", "rollout.engine=transformers", "rollout.num_workers=1", "tracker=disabled"]
+    short = ["run.num_steps=1", "run.eval_prompts=8", "rollout.prompts_per_step=2", "model.warm_start.num_steps=20"]
+    places = [f"sweep.dir={folder}", f"model.warm_start.cache_dir={room / 'warm_start'}", "sweep.max_retries=0"]
+    trap = [f"rewards.sources.trap.fn={room / 'trap.py'}:trap", "rewards.sources.trap.signal=unused"]
+    varied = f"rewards.sources.trap.args.number=range(0,{MEMBERS})"
+    return [sys.executable, "-m", "rl.cli", "train", "-m", *cheap, *short, *places, *trap, varied]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_a_real_sweep_with_a_poisoned_reward_killed_half_way_and_resumed(tmp_path: Path):
+    (tmp_path / "trap.py").write_text(TRAP)
+    folder = tmp_path / "sweep"
+    command = real(folder, tmp_path)
+    first = started(command, tmp_path / "log")
+    until(lambda: finished(folder) >= MEMBERS // 2, first, 1000)
+    first.kill()
+    first.wait()
+    done = {each.name: changed(folder, each.name) for each in read_record(folder).members if each.summary}
+    second = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
+    record = read_record(folder)
+    assert second.returncode == 1, second.stdout + second.stderr
+    assert (record.count(Status.finished), record.count(Status.failed)) == (MEMBERS - 1, 1), told(record)
+    assert "poisoned" in record.members[1].reason
+    assert {name: changed(folder, name) for name in done} == done  # not touched again
+    rows = (folder / record.members[0].name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 1, 1]
+
+
+def changed(folder: Path, name: str) -> float:
+    return (folder / name / "metrics.jsonl").stat().st_mtime
+
+
+def told(record: SweepRecord) -> str:
+    return "\n".join(f"{each.name} {each.status.value} {each.reason}" for each in record.members)
