@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from conf import (
+    check_cluster,
     check_credit,
     check_evaluation,
     check_expanders,
@@ -153,6 +154,7 @@ NOT_NEGATIVE = (
     "launch.kuberay.worker_gpus",
     "launch.kuberay.retries",
     "launch.kuberay.linger_s",
+    "cluster.learner_nodes",
     "model.warm_start.num_steps",
 )
 SHARES = (
@@ -212,6 +214,7 @@ def rules() -> list[Rule]:
     ]
     modules = (
         check_launch,
+        check_cluster,
         check_machine,
         check_evaluation,
         check_expanders,

@@ -39,6 +39,10 @@ class StaleWeights(GroveError, RuntimeError):
     """The engines and the learner disagree about the policy after a weight update."""
 
 
+class DamagedWeights(GroveError, RuntimeError):
+    """Published weights that did not arrive as they were sent."""
+
+
 class WorkerLost(GroveError, RuntimeError):
     """A rollout worker died more often than the run may restart one."""
 

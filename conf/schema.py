@@ -459,6 +459,17 @@ class LaunchKind(Enum):
     """A RayJob of Kubernetes, whose pods form a Ray cluster of their own."""
 
 
+class Placement(Enum):
+    """How rollout and learner share the machines (`rl.placement`)."""
+
+    auto = "auto"
+    """Whole GPUs for everybody where there are enough; else all share what there is."""
+    time_share = "time_share"
+    """Rollout and learner take turns on the same GPUs: engines sleep while the learner updates."""
+    split = "split"
+    """Nothing is shared: GPUs, or cores without GPUs, belong to the rollout or to the learner."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """How long a run is and where it writes."""
@@ -1177,9 +1188,14 @@ class ClusterConfig:
 
     address: str = ""
     """Address of a running Ray cluster; "" starts one on this machine and stops it at the end."""
+    placement: Placement = Placement.auto
+    learner_nodes: int = 0
+    """Nodes that the learner's processes are spread over, this one first; with split nobody else works there. 0 takes
+    as few as hold them, and sets none aside."""
     num_cpus: int = 0
     """Cores offered to Ray; 0 for all."""
     object_store_mib: int = 256
+    """Shared memory of a Ray started here, beside two versions of the weights."""
 
 
 @dataclass(kw_only=True, slots=True)

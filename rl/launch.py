@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,9 +13,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from safetensors import safe_open
 
-from conf.errors import ConfigError, WaitTimeout, WorkerLost
-from conf.schema import Config, ModelKind
+from conf.check_machine import DTYPE_BYTES
+from conf.errors import WaitTimeout, WorkerLost
+from conf.schema import Config
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
 from rewards.base import build_sources
@@ -24,10 +27,12 @@ from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
 from rl.jobs import passed
 from rl.jobs.nodes import require_equal_nodes
+from rl.placement import Role, node_here, plan
+from rl.places import Places, check_files, ray_nodes
 from rl.policy.actor import LearnerGroup
 from rl.policy.prm_actor import PrmHandle
+from rl.policy.ranks import LOOPBACK
 from rl.policy.weights import WeightPublisher
-from rl.prm import has_prm
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all, waiting
@@ -39,40 +44,6 @@ SERVICE_RESTARTS = 3
 """How often Ray makes a lost reward service anew; it scores the trees again that it had."""
 BUSY_LIMIT_S = 2.0
 """Longest wait for the processes to say how much they have worked."""
-
-
-@dataclass(frozen=True, slots=True)
-class GpuShare:
-    """How the machine's GPUs are dealt out."""
-
-    per_worker: float
-    learner: float
-    """For each learner process."""
-    memory_share: float
-    """Share of its GPU's memory that one engine may take."""
-
-
-def gpu_share(cfg: Config, num_gpus: float) -> GpuShare:
-    """Whole GPUs for everyone where there are enough, else all parts share what there is.
-
-    Raises: ConfigError when a tensor-parallel engine would have to share.
-    """
-    rollout, processes = cfg.rollout, cfg.learner.num_processes
-    if num_gpus == 0:
-        return GpuShare(0, 0, rollout.gpu_memory_share)
-    own = [model for model in cfg.rewards.models.values() if model.kind is not ModelKind.endpoint]
-    needed = rollout.num_workers * rollout.tensor_parallel_size + processes + has_prm(cfg)
-    needed += sum(model.tensor_parallel_size for model in own)
-    if num_gpus >= needed:
-        return GpuShare(rollout.tensor_parallel_size, 1, rollout.gpu_memory_share)
-    if rollout.tensor_parallel_size > 1 or processes > 1 or any(model.tensor_parallel_size > 1 for model in own):
-        raise ConfigError(
-            f"rollout.num_workers={rollout.num_workers} engines of rollout.tensor_parallel_size="
-            f"{rollout.tensor_parallel_size} and learner.num_processes={processes} need {needed} GPUs, and there are "
-            f"{num_gpus:g}: what spans GPUs cannot share them. Lower either."
-        )
-    parts_per_gpu = -(-needed // int(num_gpus))
-    return GpuShare(1 / parts_per_gpu, 1 / parts_per_gpu, rollout.gpu_memory_share / parts_per_gpu)
 
 
 class Scoring:
@@ -169,49 +140,53 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
 
     Raises: ConfigError, WaitTimeout, WorkerLost when a part does not come up or is lost for good.
     """
+    if not cfg.cluster.address:
+        plan(cfg, [node_here(cfg)], with_learner=with_learner)  # what has no room is told before Ray is started
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ray(cfg))
+        stack.enter_context(_ray(cfg, model_path))
         stack.enter_context(_losses_told())
-        share = gpu_share(cfg, ray.cluster_resources().get("GPU", 0))
-        engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=share.memory_share))
+        found = plan(cfg, ray_nodes(), with_learner=with_learner)
+        logger.info("where the processes go:\n%s", found.table())
+        check_files(found, log_dir, model_path)
+        places = Places(found)
+        stack.callback(places.close)
+        engine_cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_share=found.engine_memory_share))
         reward_log = str(log_dir / "reward_service.log")
-        models = stack.enter_context(_reward_models(cfg, log_dir, share))
+        models = stack.enter_context(_reward_models(cfg, log_dir, places))
         cache = str(log_dir.parent / "reward_cache.sqlite")
-        options = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": SERVICE_RESTARTS, "max_task_retries": -1}
+        options = places.of_role(Role.rewards)[0]
+        options |= {"max_concurrency": 1000, "max_restarts": SERVICE_RESTARTS, "max_task_retries": -1}
         reward_actor = RewardActor.options(**options).remote(cfg.rewards, None, reward_log, models, cache)
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = prm = None
         if with_learner:
-            learner = LearnerGroup(cfg, model_path, log_dir, num_gpus=share.learner)
+            host = found.learner_address() or LOOPBACK
+            learner = LearnerGroup(cfg, model_path, log_dir, places=places.of_role(Role.learner), host=host)
             stack.callback(learner.close)
-        if with_learner and has_prm(cfg):
-            prm = PrmHandle(cfg, model_path, log_dir, num_gpus=share.learner)
+        for place in places.of_role(Role.prm):
+            prm = PrmHandle(cfg, model_path, log_dir, place=place)
             stack.callback(prm.close)
         wait_all([reward_actor.ping.remote()], limit_s=cfg.rollout.start_timeout_s, what="the reward service to start")
         judge = reward_actor if cfg.rollout.judge else None
-        pool = RolloutPool(engine_cfg, model_path, log_dir, gpus_per_worker=share.per_worker, judge_actor=judge)
+        pool = RolloutPool(engine_cfg, model_path, log_dir, places=places, judge_actor=judge)
         stack.callback(pool.close)
         publisher = None
         if learner is not None:
             learner.answer(learner.ready(), limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
             publisher = WeightPublisher(cfg, learner, pool)
-            stack.callback(publisher.close)
         if prm is not None:
             prm.answer(prm.ready(), "the process reward model to load", cfg.rollout.start_timeout_s)
         yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher, prm)
 
 
 @contextlib.contextmanager
-def _reward_models(cfg: Config, log_dir: Path, share: GpuShare) -> Iterator[dict[str, ActorModel]]:
+def _reward_models(cfg: Config, log_dir: Path, places: Places) -> Iterator[dict[str, ActorModel]]:
     """The models of rewards.models that the run serves itself, loaded; name -> client."""
-    asked = {source.model for source in cfg.rewards.sources.values()}
     started: dict[str, ActorModel] = {}
     try:
-        for name, model in cfg.rewards.models.items():
-            if model.kind is ModelKind.endpoint or name not in asked:
-                continue
-            gpus = model.tensor_parallel_size if share.per_worker >= 1 else share.per_worker
-            started[name] = start_model(name, model, log_dir, num_gpus=gpus)
+        for process in places.plan.of(Role.model):
+            model, place = cfg.rewards.models[process.name], places.options(process)
+            started[process.name] = start_model(process.name, model, log_dir, place=place)
         loading = [model.ready() for model in started.values()]
         what = f"the reward models to load ({', '.join(started)})"
         wait_all(loading, limit_s=cfg.rollout.start_timeout_s, what=what)
@@ -234,7 +209,7 @@ def _losses_told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ray(cfg: Config) -> Iterator[None]:
+def _ray(cfg: Config, model_path: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless the user asks for it
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": False}
     if cfg.cluster.address:
@@ -244,9 +219,10 @@ def _ray(cfg: Config) -> Iterator[None]:
         require_equal_nodes()
     else:
         ray.init(
+            address="local",  # without it Ray would join whatever it finds running here
             num_cpus=cfg.cluster.num_cpus or None,
             include_dashboard=False,
-            object_store_memory=cfg.cluster.object_store_mib * 2**20,
+            object_store_memory=cfg.cluster.object_store_mib * 2**20 + 2 * weights_bytes(model_path, cfg.model.dtype),
             _node_ip_address="127.0.0.1",
             **options,
         )
@@ -254,6 +230,15 @@ def _ray(cfg: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def weights_bytes(model_path: str, dtype: str) -> int:
+    """What the weights of a model folder take in another type; 0 for a folder without safetensors files."""
+    numbers = 0
+    for file in Path(model_path).glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            numbers += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return numbers * DTYPE_BYTES[dtype]
 
 
 def _close_actor(actor: Any, what: str) -> None:

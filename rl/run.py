@@ -288,6 +288,7 @@ class Run:
             with self._stage("prm"):
                 self._teach_prm(prm, found.selection.trees)
         with self._stage("update"):
+            self._parts.publisher.make_room()
             calls = self._learner.update(trees, self.state.step)
             self._metrics |= self._ask(calls, f"update {self.state.step}")
         self.state.step += 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rollout.engine import Engine
+from rollout.engine import Engine, Groups
 from rollout.types import Sampled, Sampling
 
 
@@ -57,10 +57,14 @@ class TimedEngine:
         with self.clock.running():
             return await self._engine.sample(context_ids, sampling)
 
-    async def load_weights(self, path: str, version: int) -> None:
+    async def load_weights(self, groups: Groups, version: int) -> None:
         """As the engine's."""
         with self.clock.running():
-            await self._engine.load_weights(path, version)
+            await self._engine.load_weights(groups, version)
+
+    async def sleep(self) -> None:
+        """As the engine's."""
+        await self._engine.sleep()
 
     async def close(self) -> None:
         """As the engine's."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Protocol
 
+from torch import Tensor
+
 from rollout.types import Sampled, Sampling
+
+Groups = AsyncIterator[dict[str, Tensor]]
+"""New weights: whole tensors on the CPU by their names on the hub, some at a time; not to be written to."""
 
 
 class Engine(Protocol):
@@ -19,8 +25,16 @@ class Engine(Protocol):
         """Continue `context_ids` by one step. Siblings that share a prefix are computed behind one cached prefix."""
         ...
 
-    async def load_weights(self, path: str, version: int) -> None:
-        """Load a safetensors file of the same architecture in place and drop every cache it makes stale."""
+    async def load_weights(self, groups: Groups, version: int) -> None:
+        """Take new weights of the same architecture in place, drop every cache they make stale, and wake up.
+
+        Nothing is sampled from the first group on until all have come; where they end in an error, the engine waits for
+        the next weights.
+        """
+        ...
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to others until new weights come; nothing is being sampled."""
         ...
 
     async def close(self) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from conf.schema import Config
+from rollout.engine import Groups
 from rollout.types import Sampled, Sampling
 
 
@@ -37,6 +37,7 @@ class TransformersEngine:
         self._model = model.to(self._device).eval()
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
+        self._model_free = asyncio.Lock()
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         """Continue `context_ids` by one step; see `rollout.engine.Engine`."""
@@ -54,7 +55,8 @@ class TransformersEngine:
             if not batch:
                 break
             try:
-                sampled = await asyncio.to_thread(self._sample_batch, batch)
+                async with self._model_free:
+                    sampled = await asyncio.to_thread(self._sample_batch, batch)
             except Exception as error:
                 for request in batch:
                     if not request.answer.done():
@@ -108,13 +110,22 @@ class TransformersEngine:
             for t, lp, s, r in zip(drawn, logprobs, stopped, batch, strict=True)
         ]
 
-    async def load_weights(self, path: str, version: int) -> None:
-        """Copy a safetensors file into the live model; there is no cache to drop."""
-        tensors = load_file(path, device=str(self._device))
-        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
-        tied = set(getattr(self._model, "all_tied_weights_keys", None) or {})
-        assert not unexpected and set(missing) <= tied, f"weights do not fit: {unexpected or missing}"
-        self.version = version
+    async def load_weights(self, groups: Groups, version: int) -> None:
+        """Copy weights into the live model between two batches; there is no cache to drop."""
+        missing = set(self._model.state_dict()) - set(getattr(self._model, "all_tied_weights_keys", None) or {})
+        async with self._model_free:
+            self._model.to(self._device)
+            async for tensors in groups:
+                unexpected = self._model.load_state_dict(tensors, strict=False).unexpected_keys
+                assert not unexpected, f"weights do not fit: {unexpected}"
+                missing -= tensors.keys()
+            assert not missing, f"weights did not come: {missing}"
+            self.version = version
+
+    async def sleep(self) -> None:
+        """Move the model out of the GPU."""
+        async with self._model_free:
+            self._model.to("cpu")
 
     async def close(self) -> None:
         """Nothing outlives the process."""

@@ -10,15 +10,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
-from conf.errors import EngineLost, WaitTimeout, WorkerLost
+from conf.errors import DamagedWeights, EngineLost, GroveError, WaitTimeout, WorkerLost
 from conf.schema import Config, RolloutConfig
 from rollout.balance import least_busy
 from rollout.seeds import derive_seed
+from rollout.shards import Arrival, Published
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampled, Sampling
 from rollout.waiting import value_of, wait_all, wait_some
@@ -31,8 +32,34 @@ LOST = (RayActorError, EngineLost)
 
 CLOSE_LIMIT_S = 20.0
 WEIGHTS_LIMIT_S = 600.0
+LOOK_EVERY_S = 5.0
+"""How often a worker without a place is tried again."""
 GRACE_S = 60.0
 """What a tree may take beyond rollout.tree_timeout_s before its worker counts as hung."""
+
+
+class Places(Protocol):
+    """Where workers run (`rl.places`)."""
+
+    def of_worker(self, number: int) -> dict[str, Any] | None:
+        """Options for Ray that start a worker in its place, or in another where its node is gone; None without room."""
+        ...
+
+    def lost_node(self, number: int) -> str:
+        """The node of a worker if it is gone, else ""."""
+        ...
+
+
+class Anywhere:
+    """Wherever Ray finds a core."""
+
+    def of_worker(self, number: int) -> dict[str, Any]:
+        """One core."""
+        return {"num_cpus": 1}
+
+    def lost_node(self, number: int) -> str:
+        """Nodes are not told apart."""
+        return ""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,19 +74,26 @@ class RolloutPool:
     """`cfg.rollout.num_workers` workers that share the prompts of a batch."""
 
     def __init__(
-        self, cfg: Config, model_path: str, log_dir: Path, *, gpus_per_worker: float = 0, judge_actor: Any = None
+        self, cfg: Config, model_path: str, log_dir: Path, *, places: Places | None = None, judge_actor: Any = None
     ) -> None:
         """Start every worker and wait until all engines are loaded.
 
         Args:
+            places: where each worker goes; anywhere by default.
             judge_actor: who is asked about growing trees where rollout.judge names a source.
 
         Raises: WaitTimeout, WorkerLost when an engine does not come up.
         """
-        self._cfg, self._model_path, self._log_dir, self._gpus = cfg, model_path, log_dir, gpus_per_worker
+        self._cfg, self._model_path, self._log_dir, self._places = cfg, model_path, log_dir, places or Anywhere()
         self._judge_actor = judge_actor
-        self._weights: tuple[str, int] | None = None
+        self._weights: Published | None = None
         self._restarts = 0
+        self._lost_nodes: set[str] = set()
+        self._homeless: list[int] = []
+        """Numbers of workers whose node is gone and that have no other place yet."""
+        self._joining: dict[ray.ObjectRef[Any], _Worker] = {}
+        """Workers that have a place again and load, by the call that starts them."""
+        self._next_look = 0.0
         self._lost: deque[int] = deque()
         """Prompts whose trees went with their worker."""
         self._tree_tokens = 0.0
@@ -67,7 +101,11 @@ class RolloutPool:
         # Trees may grow on one thread while weights are published on another.
         self._changing = threading.RLock()
         # Side by side: most of a start is imports.
-        self._workers = [_Worker(self._new_actor(number), number) for number in range(cfg.rollout.num_workers)]
+        placed = [(number, self._places.of_worker(number)) for number in range(cfg.rollout.num_workers)]
+        self._workers = [
+            _Worker(self._new_actor(number, place), number) for number, place in placed if place is not None
+        ]
+        assert len(self._workers) == len(placed), "the plan has room for every worker"
         try:
             self._start(self._workers)
         except BaseException:
@@ -92,6 +130,7 @@ class RolloutPool:
         share = max(1, self._cfg.rollout.max_running_requests // rollout.num_leaves)
         limit_s = rollout.tree_timeout_s + GRACE_S
         while True:
+            self._call_back()
             waiting.extendleft(self._taken_lost())
             if not waiting and not any(worker.trees for worker in self._workers):
                 return
@@ -100,7 +139,7 @@ class RolloutPool:
             what = f"a tree ({len(waiting) + len(calls)} of {len(prompts)} left)"
             left_s = self._batch_left_s(rollout, started, num_done, len(prompts))
             try:
-                ready = wait_some(list(calls), limit_s=min(limit_s, left_s), what=what)
+                ready = wait_some([*calls, *self._joining], limit_s=min(limit_s, left_s), what=what)
             except WaitTimeout:
                 if left_s < limit_s:
                     self._cut(calls, len(prompts) - num_done, len(prompts))
@@ -109,6 +148,9 @@ class RolloutPool:
                     self._replace(worker, worker.actor, f"grew no tree within {limit_s:.0f} s")
                 continue
             for ref in ready:
+                if ref in self._joining:
+                    self._join(ref)
+                    continue
                 worker = calls[ref]
                 if ref not in worker.trees:
                     continue  # lost with its worker a moment ago, and handed out again
@@ -122,21 +164,43 @@ class RolloutPool:
                 num_done += 1
                 yield worker.trees.pop(ref), tree
 
-    def load_weights(self, path: str, version: int) -> None:
-        """Have every engine take the weights at `path`; a worker that dies in it is replaced and given them too.
+    def load_weights(self, published: Published) -> list[Arrival]:
+        """Have every engine take a version; a worker that dies in it is replaced and given it too.
 
         What an engine samples meanwhile goes on under the new weights; every step records the version it began with.
+
+        Returns: how long it took each engine that was there all the time.
+        Raises: DamagedWeights when an engine did not get what was sent, once all others have answered.
         """
+        arrivals: list[Arrival] = []
+        damaged: DamagedWeights | None = None
         with self._changing:
-            self._weights = (path, version)
-            calls = [
-                (worker, worker.actor, worker.actor.load_weights.remote(path, version)) for worker in self._workers
-            ]
+            self._weights = published
+            calls = [(worker, worker.actor, worker.actor.load_weights.remote(published)) for worker in self._workers]
             for worker, actor, ref in calls:
+                what = f"worker {worker.number} to load weights {published.version}"
                 try:
-                    wait_all([ref], limit_s=WEIGHTS_LIMIT_S, what=f"worker {worker.number} to load weights {version}")
+                    arrivals += wait_all([ref], limit_s=WEIGHTS_LIMIT_S, what=what)
                 except LOST as error:
                     self._replace(worker, actor, str(error).splitlines()[0])
+                except DamagedWeights as error:
+                    damaged = error
+        if damaged is not None:
+            raise damaged
+        return arrivals
+
+    def sleep(self) -> None:
+        """Have every engine leave its GPU to others until new weights come. Nothing may be growing."""
+        with self._changing:
+            for worker in list(self._workers):
+                while worker in self._workers:
+                    actor = worker.actor
+                    what = f"worker {worker.number} to go to sleep"
+                    try:
+                        wait_all([actor.sleep.remote()], limit_s=WEIGHTS_LIMIT_S, what=what)
+                        break
+                    except LOST as error:
+                        self._replace(worker, actor, str(error).splitlines()[0])
 
     def sample_everywhere(self, requests: Sequence[tuple[list[int], Sampling]]) -> list[list[Sampled]]:
         """The same steps, given as (context ids, sampling), by each engine: one list for each engine.
@@ -159,11 +223,12 @@ class RolloutPool:
 
     def close(self) -> None:
         """Close every engine, then its actor; one that does not answer is killed."""
+        workers = [*self._workers, *self._joining.values()]
         calls = [worker.actor.close.remote() for worker in self._workers]
         ray.wait(calls, num_returns=len(calls), timeout=CLOSE_LIMIT_S)
-        for worker in self._workers:
+        for worker in workers:
             ray.kill(worker.actor)
-        self._workers = []
+        self._workers, self._joining = [], {}
 
     def _hand_out(
         self, waiting: deque[int], prompts: Sequence[Prompt], rollout: RolloutConfig, seed: int, share: int
@@ -207,23 +272,35 @@ class RolloutPool:
     def _replace(self, worker: _Worker, lost_actor: Any, why: str) -> None:
         """Put a new actor in a lost one's place, or do without where too many were lost; its trees are grown again.
 
+        A node that goes counts once, however many workers go with it. Where no other has room, its workers come back
+        when one has.
+
         Raises: WorkerLost when none is left.
         """
         with self._changing:
             if worker.actor is not lost_actor or worker not in self._workers:
                 return  # whoever noticed first has done it
-            self._restarts += 1
             self._lost.extend(worker.trees.values())
             worker.trees = {}
             ray.kill(lost_actor)
             log_path = self._log_path(worker.number)
-            if self._restarts <= self._cfg.rollout.max_worker_restarts:
+            while self._counts(worker.number) <= self._cfg.rollout.max_worker_restarts:
+                place = self._places.of_worker(worker.number)
+                if place is None:
+                    self._do_without(worker, why)
+                    return
                 logger.warning(
                     "rollout worker %d was lost (%s); starting another, log %s", worker.number, why, log_path
                 )
-                worker.actor = self._new_actor(worker.number)
-                self._start([worker])
-                return
+                worker.actor = self._new_actor(worker.number, place)
+                try:
+                    self._start([worker])
+                    return
+                except WorkerLost:
+                    if not self._places.lost_node(worker.number):
+                        raise
+                    ray.kill(worker.actor)
+                    why = "its new node was lost too"
             self._workers.remove(worker)
             lost = (
                 f"rollout worker {worker.number} was lost ({why}), number {self._restarts} of this run: "
@@ -237,9 +314,60 @@ class RolloutPool:
                 f"rollout.num_workers or rollout.kv_cache_mib."
             )
 
-    def _new_actor(self, number: int) -> Any:
+    def _counts(self, number: int) -> int:
+        """Losses so far, with this one of a worker that is counted now: one that went with its node counts once."""
+        node = self._places.lost_node(number)
+        if not node or node not in self._lost_nodes:
+            self._restarts += 1
+        if node:
+            self._lost_nodes.add(node)
+        return self._restarts
+
+    def _do_without(self, worker: _Worker, why: str) -> None:
+        self._workers.remove(worker)
+        self._homeless.append(worker.number)
+        lost = f"rollout worker {worker.number} was lost with its node ({why}), and no other node has room for it"
+        if not self._workers:
+            raise WorkerLost(
+                f"{lost}; it was the last. Bring the node back, or another, and continue by run.resume=true."
+            )
+        logger.warning("%s: going on with the other %d until the node is back, or another", lost, len(self._workers))
+
+    def _call_back(self) -> None:
+        """Start workers that have a place again; they load while the others go on."""
+        if not self._homeless or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_EVERY_S
+        for number in list(self._homeless):
+            place = self._places.of_worker(number)
+            if place is not None:
+                logger.warning("there is room for rollout worker %d again: it loads", number)
+                self._homeless.remove(number)
+                worker = _Worker(self._new_actor(number, place), number)
+                self._joining[worker.actor.start.remote()] = worker
+
+    def _join(self, ref: ray.ObjectRef[Any]) -> None:
+        """Take a worker that has loaded among the others; one that could not is tried again, as often as any."""
+        with self._changing:
+            worker = self._joining.pop(ref)
+            try:
+                value_of(ref)
+                if self._weights is not None:
+                    what = f"worker {worker.number} to load weights {self._weights.version}"
+                    wait_all([worker.actor.load_weights.remote(self._weights)], limit_s=WEIGHTS_LIMIT_S, what=what)
+            except (RayError, GroveError) as error:
+                ray.kill(worker.actor)
+                self._restarts += 1
+                again = self._restarts <= self._cfg.rollout.max_worker_restarts
+                self._homeless += [worker.number] if again else []
+                logger.warning("rollout worker %d could not come back: %s", worker.number, error)
+                return
+            self._workers = sorted([*self._workers, worker], key=lambda each: each.number)
+            logger.warning("rollout worker %d is back", worker.number)
+
+    def _new_actor(self, number: int, place: dict[str, Any]) -> Any:
         log, judge = str(self._log_path(number)), self._judge_actor
-        return start_worker(self._cfg, self._model_path, log, num_gpus=self._gpus, judge_actor=judge)
+        return start_worker(self._cfg, self._model_path, log, place=place, judge_actor=judge)
 
     def _log_path(self, number: int) -> Path:
         return self._log_dir / f"rollout_worker_{number}.log"
@@ -250,13 +378,12 @@ class RolloutPool:
         try:
             wait_all(calls, limit_s=limit_s, what="the engines to load")
             if self._weights is not None:
-                path, version = self._weights
                 wait_all(
-                    [worker.actor.load_weights.remote(path, version) for worker in workers],
+                    [worker.actor.load_weights.remote(self._weights) for worker in workers],
                     limit_s=WEIGHTS_LIMIT_S,
-                    what=f"a new worker to load weights {version}",
+                    what=f"a new worker to load weights {self._weights.version}",
                 )
-        except LOST as error:
+        except (*LOST, ActorUnschedulableError) as error:
             raise WorkerLost(
                 f"a rollout worker died while loading the model ({str(error).splitlines()[0]}). "
                 f"Its log is in {self._log_dir}."

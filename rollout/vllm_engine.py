@@ -10,13 +10,16 @@ import contextlib
 import itertools
 import logging
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from vllm import PoolingParams, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
@@ -38,40 +41,45 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from conf.errors import EngineLost
-from conf.schema import Config
+from conf.schema import Config, Placement
+from rollout.engine import Groups
 from rollout.types import Sampled, Sampling
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-FILE_TRANSFER = "grove_file"
+TRANSFER = "grove"
+SHARED_MEMORY = Path("/dev/shm")
 CLOSE_LIMIT_S = 10.0
+SLEEP_LEVEL = 1
+"""Weights wait in the host's memory. Level 2 would drop them and save that copy, but then an engine whose update fails,
+or leaves a layer out, wakes up with noise."""
 CPU_BLOCK_TOKENS = 32
 """Smallest prefix-cache block that vLLM's CPU attention takes; its default of 128 would miss most short prefixes."""
 
 
 @dataclass
 class _NoInit(WeightTransferInitInfo):
-    """A file needs no handshake."""
+    """Tensors on this node need no handshake."""
 
 
 @dataclass
-class _FileUpdate(WeightTransferUpdateInfo):
-    """Where the new weights are."""
+class _Group(WeightTransferUpdateInfo):
+    """Some of the new weights: tensors, or a safetensors file of them where the model is in another process."""
 
-    path: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    path: str = ""
 
 
-class FileTransfer(WeightTransferEngine[_NoInit, _FileUpdate]):
-    """Loads a safetensors file into the running model through vLLM's weight-transfer calls, on CPU and GPU.
+class GroupTransfer(WeightTransferEngine[_NoInit, _Group]):
+    """Loads groups of tensors into the running model through vLLM's weight-transfer calls, on CPU and GPU.
 
-    vLLM 0.32 ships transfer back-ends for GPUs only; this one serves every engine that sees the learner's file system
-    (/dev/shm on one machine).
+    vLLM 0.32 ships transfer back-ends for GPUs only.
     """
 
     init_info_cls = _NoInit
-    update_info_cls = _FileUpdate
+    update_info_cls = _Group
 
     def init_transfer_engine(self, init_info: _NoInit) -> None:
         """Nothing to set up."""
@@ -80,10 +88,11 @@ class FileTransfer(WeightTransferEngine[_NoInit, _FileUpdate]):
         """Give every layer back its loaders, which packing for the CPU took away."""
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: _FileUpdate) -> None:
-        """Load every tensor of the file."""
+    def receive_weights(self, update_info: _Group) -> None:
+        """Load every tensor of the group."""
         model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
-        model.load_weights(iter(load_file(update_info.path).items()))
+        tensors = load_file(update_info.path) if update_info.path else update_info.tensors
+        model.load_weights(iter(tensors.items()))
 
     def finish_weight_update(self) -> None:
         """Pack the layers again, the tied head included."""
@@ -107,12 +116,12 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-if FILE_TRANSFER not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(FILE_TRANSFER, FileTransfer)
+if TRANSFER not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(TRANSFER, GroupTransfer)
 
 
 class WorkerExtension:
-    """Importing this class in vLLM's own worker process registers `FileTransfer` there."""
+    """Importing this class in vLLM's own worker process registers `GroupTransfer` there."""
 
 
 def engine_args(cfg: Config, model_path: str) -> AsyncEngineArgs:
@@ -129,13 +138,14 @@ def engine_args(cfg: Config, model_path: str) -> AsyncEngineArgs:
         "disable_log_stats": True,
         "skip_tokenizer_init": True,
         "worker_extension_cls": "rollout.vllm_engine.WorkerExtension",
-        "weight_transfer_config": WeightTransferConfig(backend=FILE_TRANSFER),
+        "weight_transfer_config": WeightTransferConfig(backend=TRANSFER),
     }
     if torch.cuda.is_available():
         return AsyncEngineArgs(
             **common,
             tensor_parallel_size=cfg.rollout.tensor_parallel_size,
             gpu_memory_utilization=cfg.rollout.gpu_memory_share,
+            enable_sleep_mode=cfg.cluster.placement is Placement.time_share,
         )
     return AsyncEngineArgs(
         **common,
@@ -162,26 +172,50 @@ class VllmEngine:
         self._ids = itertools.count()
         args = engine_args(cfg, model_path)
         self._served = serve(args, own_processes=cfg.rollout.engine_processes)
-        self._transfer_ready = False
+        self._transfer_ready = self._sleeps = False
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         """Continue `context_ids` by one step; see `rollout.engine.Engine`."""
+        assert not self._sleeps, "an engine that gave its memory away samples nothing before new weights come"
         version = self.version
         request = TokensPrompt(prompt_token_ids=context_ids)
         with _or_lost():
             output = await self._served.generate(request, _params(sampling), f"step-{next(self._ids)}")
         return _sampled(output, version)
 
-    async def load_weights(self, path: str, version: int) -> None:
+    async def load_weights(self, groups: Groups, version: int) -> None:
         """Swap the weights in place; running requests are preempted and go on under the new ones."""
         with _or_lost():
-            if not self._transfer_ready:
-                await self._served.init_transfer()
-                self._transfer_ready = True
-            # vLLM keeps cached keys and values of the old weights unless told otherwise.
-            dropped = await self._served.swap_weights(path, str(version))
-        assert dropped, "the prefix cache must go with the weights that filled it"
+            await self._swap(groups, str(version))
         self.version = version
+
+    async def _swap(self, groups: Groups, version: str) -> None:
+        if not self._transfer_ready:
+            await self._served.init_transfer()
+            self._transfer_ready = True
+        if self._sleeps:
+            await self._served.wake_up("weights")
+        await self._served.begin_update()
+        try:
+            async for tensors in groups:
+                await self._served.receive(tensors)
+        except BaseException:
+            with contextlib.suppress(Exception):  # half-loaded layers would spoil the next update
+                await self._served.end_update()
+            raise  # the engine stays paused: it holds a policy that nobody trained
+        await self._served.end_update(version)
+        if self._sleeps:  # the cache comes last: until here its memory was free for what loading needs
+            await self._served.wake_up("kv_cache")
+            self._sleeps = False
+        # vLLM keeps cached keys and values of the old weights unless told otherwise.
+        dropped = await self._served.go_on()
+        assert dropped, "the prefix cache must go with the weights that filled it"
+
+    async def sleep(self) -> None:
+        """Weights go to the host's memory, and the cache goes altogether; on a CPU vLLM only says that it slept."""
+        if not self._sleeps:
+            self._sleeps = True
+            await self._served.sleep()
 
     async def close(self) -> None:
         """Stop vLLM's threads and child processes and release its shared memory."""
@@ -223,15 +257,35 @@ class OwnProcesses:
         """Make the weight transfer ready."""
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
 
-    async def swap_weights(self, path: str, version: str) -> bool:
-        """Load new weights and drop the prefix cache; False when it could not be dropped."""
+    async def begin_update(self) -> None:
+        """Stop sampling and get ready for new weights."""
         await self._llm.pause_generation(mode="keep")
         await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+
+    async def receive(self, tensors: dict[str, Tensor]) -> None:
+        """Load some of the new weights, by way of a file in memory that the processes share."""
+        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        with tempfile.NamedTemporaryFile(prefix="grove-weights-", suffix=".safetensors", dir=parent) as file:
+            await asyncio.to_thread(save_file, tensors, file.name)
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": file.name}))
+
+    async def end_update(self, version: str | None = None) -> None:
+        """All weights of a version are there, or no more come."""
         await self._llm.finish_weight_update(version)
+
+    async def go_on(self) -> bool:
+        """Drop the prefix cache and sample again; False when it could not be dropped."""
         dropped = await self._llm.reset_prefix_cache(reset_running_requests=True)
         await self._llm.resume_generation()
         return dropped
+
+    async def sleep(self) -> None:
+        """Free the GPU."""
+        await self._llm.sleep(SLEEP_LEVEL)
+
+    async def wake_up(self, tag: str) -> None:
+        """Take the memory of weights or kv_cache again."""
+        await self._llm.wake_up([tag])
 
     async def close(self) -> None:
         """Stop the child processes."""
@@ -246,7 +300,7 @@ class ThisProcess:
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Any]] = {}
-        self._closed = False
+        self._closed = self._paused = False
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
@@ -279,17 +333,45 @@ class ThisProcess:
         """Make the weight transfer ready."""
         await self._on_thread(lambda: self._rpc("init_weight_transfer_engine", init_info={}))
 
-    async def swap_weights(self, path: str, version: str) -> bool:
-        """Load new weights and drop the prefix cache; False when it could not be dropped."""
+    async def begin_update(self) -> None:
+        """Stop sampling and get ready for new weights."""
 
-        def swap() -> bool:
+        def begin() -> None:
+            self._paused = True
             self._rpc("start_weight_update")
-            self._rpc("update_weights", update_info={"path": path})
+
+        await self._on_thread(begin)
+
+    async def receive(self, tensors: dict[str, Tensor]) -> None:
+        """Load some of the new weights."""
+        await self._on_thread(lambda: self._rpc("update_weights", update_info={"tensors": tensors}))
+
+    async def end_update(self, version: str | None = None) -> None:
+        """All weights of a version are there, or no more come."""
+
+        def end() -> None:
             self._rpc("finish_weight_update")
-            self._engine.set_weight_version(version)
+            if version is not None:
+                self._engine.set_weight_version(version)
+
+        await self._on_thread(end)
+
+    async def go_on(self) -> bool:
+        """Drop the prefix cache and sample again; False when it could not be dropped."""
+
+        def go_on() -> bool:
+            self._paused = False
             return self._engine.reset_prefix_cache(reset_running_requests=True)
 
-        return await self._on_thread(swap)
+        return await self._on_thread(go_on)
+
+    async def sleep(self) -> None:
+        """Free the GPU."""
+        await self._on_thread(lambda: self._engine.sleep(SLEEP_LEVEL))
+
+    async def wake_up(self, tag: str) -> None:
+        """Take the memory of weights or kv_cache again."""
+        await self._on_thread(lambda: self._engine.wake_up([tag]))
 
     async def close(self) -> None:
         """Stop the thread."""
@@ -302,8 +384,8 @@ class ThisProcess:
 
     def _run(self) -> None:
         while not self._closed:
-            self._make_calls(block=not self._waiting)
-            if not self._waiting:
+            self._make_calls(block=self._paused or not self._waiting)
+            if self._paused or not self._waiting:
                 continue
             try:
                 outputs = self._engine.step()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from conf.schema import Config, EngineKind, RolloutConfig
@@ -16,8 +19,12 @@ from rollout.engine import Engine
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
 from rollout.seeds import derive_seed
+from rollout.shards import Arrival, Arriving, Published
 from rollout.tree import Node, Tree
 from rollout.types import Prompt, Sampled, Sampling
+
+PIECE_LIMIT_S = 600.0
+"""Longest wait for one piece of new weights."""
 
 
 def worker_environment() -> dict[str, str]:
@@ -111,10 +118,20 @@ class RolloutWorker:
         with self._clock.running():
             return await asyncio.gather(*(self._engine.sample(context_ids, each) for context_ids, each in requests))
 
-    async def load_weights(self, path: str, version: int) -> None:
-        """Take new weights in place."""
+    async def load_weights(self, published: Published) -> Arrival:
+        """Take new weights in place, and wake up with them.
+
+        Raises: DamagedWeights when they did not arrive as they were sent; the engine then waits for others.
+        """
         with self._clock.running():
-            await self._engine.load_weights(path, version)
+            arriving = Arriving(published, _brought)
+            async with contextlib.aclosing(arriving.tensors()) as groups:
+                await self._engine.load_weights(groups, published.version)
+            return arriving.arrival
+
+    async def sleep(self) -> None:
+        """Leave the GPU to others until new weights come."""
+        await self._engine.sleep()
 
     async def busy_seconds(self) -> dict[str, float]:
         """Time with something to do so far: of the worker, and of its engine, which rests while a tool works."""
@@ -129,18 +146,27 @@ class RolloutWorker:
         await self._engine.close()
 
 
-def start_worker(cfg: Config, model_path: str, log_path: str, *, num_gpus: float, judge_actor: Any = None) -> Any:
+async def _brought(ref: Any) -> list[np.ndarray]:
+    """The bytes of a piece, in memory that this node shares; another node's are copied here first."""
+    async with asyncio.timeout(PIECE_LIMIT_S):
+        return await ref
+
+
+def start_worker(
+    cfg: Config, model_path: str, log_path: str, *, place: Mapping[str, Any], judge_actor: Any = None
+) -> Any:
     """A new worker actor, still loading.
 
     Args:
+        place: options for Ray that bind it to a node, cores and GPUs; {} for one core anywhere.
         judge_actor: who is asked about growing trees where rollout.judge names a source.
     """
-    environment = gpu_worker_environment() if num_gpus else worker_environment()
+    environment = gpu_worker_environment() if place.get("num_gpus") else worker_environment()
     options: dict[str, Any] = {
         "num_cpus": 1,
-        "num_gpus": num_gpus,
         "max_concurrency": 1000,
         "max_restarts": 0,
         "runtime_env": {"env_vars": environment},
+        **place,
     }
     return ray.remote(RolloutWorker).options(**options).remote(cfg, model_path, log_path, judge_actor)

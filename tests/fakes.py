@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rollout.engine import Groups
 from rollout.environment import Turn
 from rollout.types import Prompt, Sampled, Sampling, StepFacts, StepKind, StopReason
 
@@ -36,8 +37,10 @@ class FakeEngine:
         seen = [0, *context_ids[1:]] if self.corrupt_context else list(context_ids)
         return Sampled(token_ids=[token], logprobs=[-1.0], stopped=True, version=self.version, context_ids=seen)
 
-    async def load_weights(self, path: str, version: int) -> None:
+    async def load_weights(self, groups: Groups, version: int) -> None:
         self.version = version
+
+    async def sleep(self) -> None: ...
 
     async def close(self) -> None: ...
 

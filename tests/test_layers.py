@@ -34,6 +34,7 @@ RAY_FILES = {
     "rl/jobs/nodes.py",
     "rl/jobs/passed.py",
     "rl/jobs/ray_cluster.py",
+    "rl/places.py",
 }
 MATHS = [
     *("rl/credit/*.py", "rl/statistics.py", "rewards/blend.py", "rewards/matching.py"),

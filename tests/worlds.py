@@ -13,6 +13,7 @@ from typing import Any
 from chatml import chatml_tokenizer, encode
 
 from conf.errors import ToolError
+from rollout.engine import Groups
 from rollout.types import Prompt, Sampled, Sampling
 from rollout.world import Fork, Observed
 
@@ -87,7 +88,9 @@ class ChatEngine:
             context_ids=list(context_ids),
         )
 
-    async def load_weights(self, path: str, version: int) -> None: ...
+    async def load_weights(self, groups: Groups, version: int) -> None: ...
+
+    async def sleep(self) -> None: ...
 
     async def close(self) -> None: ...
 

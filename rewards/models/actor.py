@@ -139,23 +139,23 @@ class ActorModel:
         return self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._cfg.max_concurrent))
 
 
-def start_model(name: str, cfg: RewardModelConfig, log_dir: Path, *, num_gpus: float) -> ActorModel:
+def start_model(name: str, cfg: RewardModelConfig, log_dir: Path, *, place: Mapping[str, Any]) -> ActorModel:
     """A new model actor, still loading: wait for `ready()` before the first question.
 
     Args:
         name: its name under rewards.models.
         log_dir: folder of the file that takes what the process prints.
-        num_gpus: GPUs it may use, also a share of one; 0 on a machine without.
+        place: options for Ray that bind it to a node and GPUs; {} for anywhere, without a GPU.
     Raises: ConfigError when its path is neither a folder nor a name that the hub knows.
     """
     here = resolved(cfg, name)
     options: dict[str, Any] = {
         # As the reward service: a small machine's cores are counted for its rollout workers.
         "num_cpus": 0,
-        "num_gpus": num_gpus,
         "max_concurrency": 1000,
         "max_restarts": 0,
-        "runtime_env": {"env_vars": gpu_worker_environment() if num_gpus else worker_environment()},
+        "runtime_env": {"env_vars": gpu_worker_environment() if place.get("num_gpus") else worker_environment()},
+        **place,
     }
     handle = ray.remote(RewardModelActor).options(**options).remote(name, here, str(log_dir / f"model_{name}.log"))
     return ActorModel(name, handle, here, identity_of(here))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from rl.credit.measured import Needs
 from rl.policy.memory import keep_freed_memory
 from rl.policy.pack import TreeCredit
 from rl.policy.profile import PROFILES, profiled
-from rl.policy.ranks import Ranks, join, meeting_address, open_meeting
+from rl.policy.ranks import LOOPBACK, Ranks, join, meeting_address, open_meeting
 from rollout.busy import BusyClock
+from rollout.shards import Piece, Published, piece_of
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all
 from rollout.worker import send_output_to
@@ -43,9 +44,9 @@ class LearnerActor:
         self._clock = BusyClock()
         self._profiles = Path(log_path).parent.parent / PROFILES
 
-    def open_meeting(self) -> str:
-        """Rank 0: open the place where the ranks meet; returns its address."""
-        self._meeting = open_meeting(self._cfg.learner.update_timeout_s)
+    def open_meeting(self, host: str) -> str:
+        """Rank 0: open the place where the ranks meet, at an address of this node; returns it with the port."""
+        self._meeting = open_meeting(self._cfg.learner.update_timeout_s, host)
         return meeting_address(self._meeting)
 
     def load_learner(self, address: str) -> None:
@@ -60,7 +61,8 @@ class LearnerActor:
             ranks = Ranks.alone(device)
         else:
             meeting = self._meeting or address
-            ranks = join(self._rank, learner.num_processes, meeting, device, learner.update_timeout_s)
+            own_host = LOOPBACK if address.startswith(f"{LOOPBACK}:") else ray.util.get_node_ip_address()
+            ranks = join(self._rank, learner.num_processes, meeting, device, learner.update_timeout_s, own_host)
         self._learner = Learner(self._cfg, self._model_path, ranks)
 
     def update(self, trees: list[TreeCredit], step: int) -> dict[str, float]:
@@ -79,10 +81,13 @@ class LearnerActor:
         with self._clock.running():
             return self._learner.score(samples)
 
-    def save_weights(self, path: str) -> None:
-        """Write what the engines load."""
+    def publish(self) -> list[Piece]:
+        """Put this rank's part of what the engines load into the memory that its node shares, group by group.
+
+        It stays there as long as anybody holds what is returned.
+        """
         with self._clock.running():
-            self._learner.save_weights(path)
+            return [piece_of(rows, arrays, payload=ray.put(arrays)) for rows, arrays in self._learner.pieces()]
 
     def save(self, folder: str) -> None:
         """Write a checkpoint."""
@@ -106,23 +111,35 @@ class LearnerGroup:
     Args:
         cfg: the run; learner.num_processes actors are started.
         log_dir: folder of learner.log, learner_rank1.log ...
-        num_gpus: of each rank; several ranks need whole ones, since NCCL joins no two processes on one GPU.
+        places: options for Ray that bind each rank to its place; anywhere and without a GPU by default. Several ranks
+            need a GPU each, since NCCL joins no two processes on one.
+        host: address at which ranks on several nodes meet, of rank 0's node.
     """
 
-    def __init__(self, cfg: Config, model_path: str, log_dir: Path, *, num_gpus: float) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        model_path: str,
+        log_dir: Path,
+        *,
+        places: Sequence[Mapping[str, Any]] = (),
+        host: str = LOOPBACK,
+    ) -> None:
         size = cfg.learner.num_processes
-        assert size == 1 or num_gpus in (0, 1), "ranks share no GPU"
+        places = places or [{}] * size
         environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": num_gpus,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment},
         }
-        actor = ray.remote(LearnerActor).options(**options)
+        actors = [ray.remote(LearnerActor).options(**(options | dict(place))) for place in places]
         self._logs = [str(log_dir / f"learner{f'_rank{rank}' if rank else ''}.log") for rank in range(size)]
-        self._actors: list[Any] = [actor.remote(cfg, model_path, rank, log) for rank, log in enumerate(self._logs)]
-        address = self._actors[0].open_meeting.remote()
+        self._actors: list[Any] = [
+            actor.remote(cfg, model_path, rank, log)
+            for rank, (actor, log) in enumerate(zip(actors, self._logs, strict=True))
+        ]
+        address = self._actors[0].open_meeting.remote(host)
         self._loading = [each.load_learner.remote(address) for each in self._actors]
 
     def ready(self) -> Calls:
@@ -141,9 +158,15 @@ class LearnerGroup:
         """The answer is the log-probabilities of each (context ids, action ids) sample, at temperature 1."""
         return self._call("score", list(samples))
 
-    def save_weights(self, path: str) -> Calls:
-        """Write what the engines load."""
-        return self._call("save_weights", path)
+    def publish(self, version: int, *, limit_s: float) -> Published:
+        """What the engines load, each rank's part in the memory of its own node.
+
+        Raises: as `answer`.
+        """
+        calls = self._call("publish")
+        of_rank = self.answers(calls, limit_s=limit_s, what=f"the learner to publish weights {version}")
+        groups = zip(*of_rank, strict=True)
+        return Published(version, tuple(tuple(piece for piece in group if piece.rows) for group in groups))
 
     def save(self, folder: str) -> Calls:
         """Write a checkpoint."""
@@ -154,7 +177,11 @@ class LearnerGroup:
         return self._call("load", folder)
 
     def answer(self, calls: Calls, *, limit_s: float, what: str) -> Any:
-        """Rank 0's answer, once all ranks have answered.
+        """Rank 0's answer, once all ranks have answered; see `answers`."""
+        return self.answers(calls, limit_s=limit_s, what=what)[0]
+
+    def answers(self, calls: Calls, *, limit_s: float, what: str) -> list[Any]:
+        """What all ranks answered.
 
         An error that all ranks raise alike leaves them in step and alive. After any other one rank would wait for a
         call that never comes, so all are killed.
@@ -162,7 +189,7 @@ class LearnerGroup:
         Raises: WorkerLost naming the ranks that died; WaitTimeout; whatever a rank raised.
         """
         try:
-            return wait_all(calls, limit_s=limit_s, what=what)[0]
+            return wait_all(calls, limit_s=limit_s, what=what)
         except WaitTimeout:
             raise
         except (GroveError, RayError) as error:

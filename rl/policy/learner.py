@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +28,12 @@ from rl.policy.model import EdgeOutputs, TreeCritic
 from rl.policy.objective import Objective, Totals, objective
 from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, path_tokens, plan_packs, unique_tokens
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
-from rl.policy.stored import read_checkpoint, write_checkpoint, write_engine_weights
+from rl.policy.shards import policy_pieces
+from rl.policy.stored import read_checkpoint, write_checkpoint
 from rl.policy.tally import Tally
 from rl.policy.trained import Trainable, Trained
 from rollout.seeds import derive_seed
+from rollout.shards import Rows
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
@@ -156,9 +159,9 @@ class Learner:
         logprob_E = self.policy.module(batch, Layout.trajectories, temperature=1.0).logprob_E
         return [logprob_E[edges].tolist() for _, _, edges in edges_of_steps(batch, chains)]
 
-    def save_weights(self, path: str | Path) -> None:
-        """Write what the engines load."""
-        write_engine_weights(Path(path), self.policy, self.cfg, self.ranks)
+    def pieces(self) -> Iterator[tuple[list[Rows], list[np.ndarray]]]:
+        """This rank's part of what the engines load, group by group (`rl.policy.shards.policy_pieces`)."""
+        return policy_pieces(self.policy.module, self.cfg, self.ranks)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint: the policy as a Hugging Face folder, and what else training goes on from."""

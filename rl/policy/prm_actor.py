@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,13 @@ class PrmActor:
 class PrmHandle:
     """The driver's side: every call returns at once, `answer` waits for it."""
 
-    def __init__(self, cfg: Config, policy_path: str, log_dir: Path, *, num_gpus: float) -> None:
+    def __init__(self, cfg: Config, policy_path: str, log_dir: Path, *, place: Mapping[str, Any]) -> None:
         environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": num_gpus,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment},
+            **place,
         }
         self._limit_s = cfg.learner.update_timeout_s
         self._log = str(log_dir / LOG)

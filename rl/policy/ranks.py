@@ -6,6 +6,7 @@ rank that has fewer goes through dummies.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import socket
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -77,15 +79,18 @@ class Ranks:
         return gathered  # pyright: ignore[reportReturnType]
 
 
-def open_meeting(timeout_s: float) -> TCPStore:
-    """Where ranks of this machine meet: rank 0 opens it, keeps it, and tells `meeting_address`.
+def open_meeting(timeout_s: float, host: str = LOOPBACK) -> TCPStore:
+    """Where ranks meet: rank 0 opens it, keeps it, and tells `meeting_address`.
 
-    It listens on the loopback address alone and on a port that the system picked, so that nobody else takes it first.
+    It listens on one address alone and on a port that the system picked, so that nobody else takes it first.
+
+    Args:
+        host: an address of this node that the other ranks reach; the loopback address where all are on one machine.
     """
-    listening = socket.create_server((LOOPBACK, 0))
+    listening = socket.create_server((host, 0))
     port = listening.getsockname()[1]
     return TCPStore(
-        LOOPBACK,
+        host,
         port,
         is_master=True,
         wait_for_workers=False,
@@ -96,16 +101,19 @@ def open_meeting(timeout_s: float) -> TCPStore:
 
 def meeting_address(meeting: TCPStore) -> str:
     """What the other ranks give to `join`."""
-    return f"{LOOPBACK}:{meeting.port}"
+    return f"{meeting.host}:{meeting.port}"
 
 
-def join(rank: int, size: int, meeting: TCPStore | str, device: torch.device, timeout_s: float) -> Ranks:
+def join(
+    rank: int, size: int, meeting: TCPStore | str, device: torch.device, timeout_s: float, own_host: str = LOOPBACK
+) -> Ranks:
     """Meet the other ranks; returns once all are there.
 
     Args:
         meeting: what `open_meeting` gave, in the process that opened it; its address elsewhere.
         device: of this rank alone; gloo connects CPUs and NCCL connects GPUs.
         timeout_s: longest wait for the others, here and in every collective.
+        own_host: address of this node at which the other ranks reach it.
     Raises: WaitTimeout when not all came.
     """
     timeout = timedelta(seconds=timeout_s)
@@ -113,7 +121,7 @@ def join(rank: int, size: int, meeting: TCPStore | str, device: torch.device, ti
         if isinstance(meeting, str):
             host, _, port = meeting.rpartition(":")
             meeting = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
-        _start_group(rank, size, meeting, device, timeout)
+        _start_group(rank, size, meeting, device, timeout, own_host)
     except dist.DistError as error:
         raise WaitTimeout(
             f"rank {rank} waited {timeout_s:.0f} s for the {size - 1} other learner processes and not all came "
@@ -129,11 +137,24 @@ def one_process_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (1,))
 
 
-def _start_group(rank: int, size: int, store: Store, device: torch.device, timeout: timedelta) -> None:
-    # Named so, gloo needs no look-up of the machine's own name, which fails on many a laptop.
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+def interface_of(host: str) -> str | None:
+    """The network interface whose network an address of this node belongs to; None where none does."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family is socket.AF_INET and each.netmask:
+                network = ipaddress.ip_network(f"{each.address}/{each.netmask}", strict=False)
+                if ipaddress.ip_address(host) in network:
+                    return name
+    return None
+
+
+def _start_group(
+    rank: int, size: int, store: Store, device: torch.device, timeout: timedelta, host: str = LOOPBACK
+) -> None:
+    # Named so, gloo needs no look-up of the machine's own name, which fails on many a laptop. NCCL finds its own way.
+    interface = interface_of(host)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # a GPU's ranks exchange Python objects by gloo too

@@ -90,7 +90,7 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
     keeps = _is_first_rank(module)
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        whole = _whole(parameter.detach())
+        whole = whole_tensor(parameter.detach())
         if keeps:
             weights[name] = whole.to("cpu", copy=True)
     return weights
@@ -200,7 +200,7 @@ def _check_names(parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[in
 def _stored(value: Tensor, in_parts: bool) -> Any:
     """One entry of an optimiser's state, on the CPU of rank 0."""
     if value.ndim == 0 or not in_parts:  # the count of steps, or a moment of the parameter's shape
-        return _whole(value).to("cpu", copy=True)
+        return whole_tensor(value).to("cpu", copy=True)
     part = _part(value.to_local() if isinstance(value, DTensor) else value)
     if not isinstance(value, DTensor):
         return [part]
@@ -251,12 +251,22 @@ def _copy_part(moment: Tensor, parts: list[Any] | None) -> None:
         getattr(moment, name).copy_(parts[0][name])
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole_tensor(value: Tensor) -> Tensor:
+    """All rows of a tensor, on every rank. Collective."""
     if not isinstance(value, DTensor):
         return value
     local = value.to_local().to(value.device_mesh.device_type)  # offloaded rows go by way of the GPU
     mesh, placements = value.device_mesh, value.placements
     return DTensor.from_local(local, mesh, placements, shape=value.shape, stride=value.stride()).full_tensor()
+
+
+def local_rows(value: Tensor) -> tuple[Tensor, int]:
+    """The rows of a tensor that this rank holds, and the number of the first; all of one that is not sharded."""
+    if not isinstance(value, DTensor):
+        return value, 0
+    local, rank = value.to_local(), value.device_mesh.get_local_rank()
+    start = min(rank * -(-value.shape[0] // value.device_mesh.size()), value.shape[0])  # as torch.chunk cuts
+    return local, start
 
 
 def _copy_whole(target: Tensor, whole: Tensor | None) -> None:

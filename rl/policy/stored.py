@@ -1,4 +1,4 @@
-"""A policy in files: what the engines load, and what a checkpoint keeps of the learner. Nothing stored is executed."""
+"""A policy in files: what a checkpoint keeps of the learner. Nothing stored is executed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
 
 from conf.schema import Config, LoraConfig
 from rl.policy.load import load_causal_lm
@@ -27,18 +26,6 @@ POLICY, CRITIC = "policy", "critic"
 """Whose moments are which in OPTIMIZER_FILE."""
 PREFIX = "model."
 """Before the Hugging Face name of every weight of a model without adapters, in a TreePolicy."""
-
-
-def write_engine_weights(path: Path, policy: Trained[TreePolicy], cfg: Config, ranks: Ranks) -> None:
-    """Write one safetensors file in model.dtype, named as on the hub, adapters merged, a tied head left out.
-
-    The file appears whole or not at all, so that an engine never reads half of it. Collective; rank 0 writes.
-    """
-    weights = policy.weights()
-    if ranks.rank == 0:
-        dtype = getattr(torch, cfg.model.dtype)
-        plain = {name: weight.to(dtype) for name, weight in plain_weights(weights, cfg.model.lora).items()}
-        _write(path, revert_weight_conversion(base_causal_lm(policy.module.model), plain))
 
 
 def write_checkpoint(

@@ -2,58 +2,68 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from conf.errors import StaleWeights
-from conf.schema import Config
+from conf.errors import DamagedWeights, StaleWeights
+from conf.schema import Config, Placement
 from rl.policy.actor import LearnerGroup
 from rollout.pool import RolloutPool
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Sampling
 
-SHARED_MEMORY = Path("/dev/shm")
+logger = logging.getLogger(__name__)
+
 CANARY_TOKENS = 16
 
 
 class WeightPublisher:
-    """Writes each version to memory shared on this machine and has every engine load it in place."""
+    """Has the learner's processes lay out each version in the memory of their nodes, and every engine take it."""
 
     def __init__(self, cfg: Config, learner: LearnerGroup, pool: RolloutPool) -> None:
         self._cfg, self._learner, self._pool = cfg, learner, pool
-        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="grove-weights-", dir=parent))
+
+    def make_room(self) -> None:
+        """Before an update: where engines and learner take turns, engines sleep until the next version comes."""
+        if self._cfg.cluster.placement is Placement.time_share:
+            self._pool.sleep()
 
     def publish(self, version: int, trees: Sequence[Tree]) -> dict[str, float]:
         """Bring every engine to `version` and compare it with the learner on contexts of `trees`.
 
         Returns: metrics. Raises: StaleWeights when an engine's log-probs differ from the learner's by more than
-        learner.canary_max_logprob_gap on average; WaitTimeout.
+        learner.canary_max_logprob_gap on average; DamagedWeights when they arrive
+        otherwise than they were sent, twice; WaitTimeout.
         """
         started = time.monotonic()
-        path = self._folder / f"version_{version}.safetensors"
-        limit_s = self._cfg.learner.update_timeout_s
-        calls = self._learner.save_weights(str(path))
-        self._learner.answer(calls, limit_s=limit_s, what="the learner to write its weights")
-        self._pool.load_weights(str(path), version)
-        for older in self._folder.glob("version_*.safetensors"):
-            if older != path:
-                older.unlink()
+        try:
+            metrics = self._bring(version)
+        except DamagedWeights as error:
+            logger.warning("%s", error)
+            metrics = self._bring(version)
+        brought = time.monotonic()
         gap_nats = self._canary_gap_nats(version, trees)
-        return {
+        return metrics | {
             "weights/version": float(version),
             "weights/canary_gap_nats": gap_nats,
+            "weights/canary_seconds": time.monotonic() - brought,
             "weights/sync_seconds": time.monotonic() - started,
         }
 
-    def close(self) -> None:
-        """Remove the published files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _bring(self, version: int) -> dict[str, float]:
+        started = time.monotonic()
+        published = self._learner.publish(version, limit_s=self._cfg.learner.update_timeout_s)
+        lay_out_seconds = time.monotonic() - started
+        arrivals = self._pool.load_weights(published)
+        return {
+            "weights/bytes": float(published.size_bytes),
+            "weights/lay_out_seconds": lay_out_seconds,
+            "weights/fetch_seconds": max((each.fetch_seconds for each in arrivals), default=0.0),
+            "weights/load_seconds": max((each.load_seconds for each in arrivals), default=0.0),
+        }
 
     def _canary_gap_nats(self, version: int, trees: Sequence[Tree]) -> float:
         """Largest over the engines of the mean |engine - learner| log-prob gap.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
+from published import arrived, published
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.compose import compose
-from conf.errors import StaleWeights
+from conf.errors import DamagedWeights, StaleWeights
 from conf.schema import Config
 from rl.credit.assign import assign
 from rl.credit.forest import forest_of
@@ -24,6 +26,7 @@ from rl.policy.tree_credits import tree_credits
 from rl.shares import advantage_tables
 from rl.tiny import write_tiny_model
 from rollout.data import build_prompt_source
+from rollout.shards import Published
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampling
 
@@ -124,20 +127,55 @@ def test_engines_follow_the_learner_through_updates(
 
 
 def test_the_canary_stops_a_run_whose_engines_serve_other_weights(
-    parts: Parts, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    parts: Parts, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ):
     assert parts.publisher is not None
-    stale = tmp_path / "stale.safetensors"
-    answer(parts, learner_of(parts).save_weights(str(stale)))
-    spoil(stale)
-    really_load = parts.pool.load_weights
-    monkeypatch.setattr(parts.pool, "load_weights", lambda path, version: really_load(str(stale), version))
+    monkeypatch.setattr(learner_of(parts), "publish", spoilt(learner_of(parts).publish))
     with pytest.raises(StaleWeights, match=r"differ from the learner's by .* another policy than the one"):
         parts.publisher.publish(3, grow(parts, prompts))
 
 
-def spoil(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_weights_that_are_damaged_on_their_way_are_sent_again_and_once_only(
+    parts: Parts, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+):
+    assert parts.publisher is not None
+    publish, trees = learner_of(parts).publish, grow(parts, prompts[:2])
+    monkeypatch.setattr(learner_of(parts), "publish", damaged(publish, times=1))
+    assert parts.publisher.publish(4, trees)["weights/canary_gap_nats"] < 1e-4
+    monkeypatch.setattr(learner_of(parts), "publish", damaged(publish, times=2))
+    with pytest.raises(DamagedWeights, match="arrived with checksum"):
+        parts.publisher.publish(5, trees)
+    monkeypatch.setattr(learner_of(parts), "publish", publish)
+    assert parts.publisher.publish(6, trees)["weights/canary_gap_nats"] < 1e-4, "the engines waited for better ones"
 
-    tensors = load_file(path)
-    save_file({name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in tensors.items()}, path)
+
+def spoilt(publish: Callable[..., Published]) -> Callable[..., Published]:
+    """Other weights than the learner's, sent with a checksum of their own."""
+
+    def other(version: int, limit_s: float) -> Published:
+        weights = arrived(publish(version, limit_s=limit_s), in_shared_memory)
+        return published(
+            {name: each + 0.05 * torch.randn_like(each) for name, each in weights.items()}, version, ray.put
+        )
+
+    return other
+
+
+def damaged(publish: Callable[..., Published], times: int) -> Callable[..., Published]:
+    """The last tensors are not what was sent, so many times."""
+    left = iter([True] * times)
+
+    def other(version: int, limit_s: float) -> Published:
+        found = publish(version, limit_s=limit_s)
+        weights = arrived(found, in_shared_memory)
+        sent = published(weights, version, ray.put)
+        if not next(left, False):
+            return sent
+        *before, (last,) = sent.groups
+        return Published(version, (*before, (replace(last, checksum="of what was sent"),)))
+
+    return other
+
+
+async def in_shared_memory(ref: Any) -> Any:
+    return ray.get(ref)

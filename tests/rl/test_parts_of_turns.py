@@ -16,6 +16,7 @@ from rewards.types import ScoredTree
 from rl.record import RecordedTree, read_trees, write_records
 from rl.tiny import tiny_tokenizer
 from rollout.chat import build_environment
+from rollout.engine import Groups
 from rollout.envs.hop_search import HopSearchRows, demonstration
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
@@ -51,7 +52,9 @@ class Demonstrator:
             context_ids=list(context_ids),
         )
 
-    async def load_weights(self, path: str, version: int) -> None: ...
+    async def load_weights(self, groups: Groups, version: int) -> None: ...
+
+    async def sleep(self) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 from fakes import FakeEngine
+from published import in_groups
 
 from rollout.busy import BusyClock, TimedEngine
 from rollout.types import Sampling
@@ -51,7 +52,7 @@ def test_an_engine_is_timed_while_it_samples_and_stays_what_it_is():
     async def two_steps() -> None:
         sampling = Sampling(max_tokens=4, seed=1)
         await asyncio.gather(engine.sample([7], sampling), engine.sample([8], sampling))
-        await engine.load_weights("w", 4)
+        await engine.load_weights(in_groups(), 4)
 
     asyncio.run(two_steps())
     assert engine.version == 4 and [context for context, _ in inner.requests] == [[7], [8]]

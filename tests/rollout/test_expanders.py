@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from conf.errors import ConfigError
 from conf.schema import ExpanderKind, RolloutConfig, Survivors
+from rollout.engine import Groups
 from rollout.environment import Turn
 from rollout.expand import build_expander
 from rollout.expanders.comb import choice_chances
@@ -61,7 +62,9 @@ class WordEngine:
             context_ids=list(context_ids),
         )
 
-    async def load_weights(self, path: str, version: int) -> None: ...
+    async def load_weights(self, groups: Groups, version: int) -> None: ...
+
+    async def sleep(self) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from published import in_groups
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from conf.schema import Config
@@ -81,10 +81,16 @@ def test_the_stop_token_ends_a_step_and_is_kept(folder: Path):
     assert not free.stopped and len(free.token_ids) == 6
 
 
-def test_new_weights_take_effect_and_are_numbered(folder: Path, tmp_path: Path):
+def test_new_weights_take_effect_and_are_numbered(folder: Path):
     engine = TransformersEngine(Config(), str(folder))
-    save_file({name: value.detach().contiguous() for name, value in tiny(1).named_parameters()}, tmp_path / "new")
-    asyncio.run(engine.load_weights(str(tmp_path / "new"), 4))
+    new = {name: value.detach() for name, value in tiny(1).named_parameters()}
+    body, head = ({name: new[name] for name in new if ("lm_head" in name) == is_head} for is_head in (False, True))
+
+    async def turn() -> None:
+        await engine.sleep()
+        await engine.load_weights(in_groups(body, head), 4)
+
+    asyncio.run(turn())
     (sampled,) = sample_all(engine, [(CONTEXT, Sampling(max_tokens=6, seed=0))])
     assert sampled.version == 4
     torch.testing.assert_close(torch.tensor(sampled.logprobs), logprobs(tiny(1).eval(), sampled), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file, save_file
+from published import published
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.compose import compose
@@ -59,7 +60,7 @@ def largest_gap(tree: Tree, model: torch.nn.Module) -> float:
     return max(gaps)
 
 
-def test_it_samples_the_model_and_follows_new_weights(cfg: Config, pool: RolloutPool, model_path: Path, tmp_path: Path):
+def test_it_samples_the_model_and_follows_new_weights(cfg: Config, pool: RolloutPool, model_path: Path):
     prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).draw(0, 2)
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     before = [tree for _, tree in pool.grow(prompts, 0)]
@@ -67,8 +68,7 @@ def test_it_samples_the_model_and_follows_new_weights(cfg: Config, pool: Rollout
     torch.manual_seed(0)
     weights = load_file(model_path / "model.safetensors")
     changed = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in weights.items()}
-    save_file(changed, tmp_path / "new.safetensors")
-    pool.load_weights(str(tmp_path / "new.safetensors"), 1)
+    pool.load_weights(published(changed, put=ray.put))
     after = [tree for _, tree in pool.grow(prompts, 0)]
     assert {node.version for tree in after for node in tree.nodes} == {1}
     assert max(largest_gap(tree, model) for tree in after) > 0.01, "the old weights are gone, the tied head's too"

@@ -73,7 +73,7 @@ def slow(**settings: Any) -> tuple[Any, ActorModel]:
 
 @pytest.mark.ray
 def test_an_actor_answers_as_the_model_it_carries_and_dies_alone(cluster: None, folder: Path, tmp_path: Path):
-    model = start_model("prm", record(folder, timeout_s=60), tmp_path, num_gpus=0)
+    model = start_model("prm", record(folder, timeout_s=60), tmp_path, place={})
     identity = ray.get(model.ready(), timeout=120)
     here = TransformersModel(record(folder))
     expected = asyncio.run(here.score_steps([TEXT]))
@@ -91,7 +91,7 @@ def test_an_actor_answers_as_the_model_it_carries_and_dies_alone(cluster: None, 
 
 @pytest.mark.ray
 def test_a_model_that_cannot_be_loaded_says_so_when_it_is_awaited(cluster: None, folder: Path, tmp_path: Path):
-    model = start_model("prm", RewardModelConfig(path=str(folder)), tmp_path, num_gpus=0)
+    model = start_model("prm", RewardModelConfig(path=str(folder)), tmp_path, place={})
     with pytest.raises(ConfigError, match=r"rewards.models.prm.kind=endpoint runs somewhere else"):
         ray.get(model.ready(), timeout=120)
 

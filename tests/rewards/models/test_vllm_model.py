@@ -43,7 +43,7 @@ def served(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logs = tmp_path_factory.mktemp("logs")
     running = {
-        family: start_model(family, record(path, family, ModelKind.vllm), logs, num_gpus=0)
+        family: start_model(family, record(path, family, ModelKind.vllm), logs, place={})
         for family, path in folders.items()
     }
     ray.get([model.ready() for model in running.values()], timeout=240)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conf.errors import CheckpointError
-from conf.schema import Layout, LearnerConfig, LoraConfig, OptimizerKind
+from conf.schema import Config, Layout, LearnerConfig, LoraConfig, ModelConfig, OptimizerKind
 from rl.policy.lora import with_lora
 from rl.policy.model import EdgeOutputs, TreeCritic, TreePolicy
 from rl.policy.optimizer import build_optimizer
@@ -30,6 +30,7 @@ from rl.policy.sharding import (
     load_full_weights,
     shard,
 )
+from rl.policy.shards import policy_pieces
 from rollout.tree import ROOT
 
 SHAPE = [ROOT, 0, 0, 1, 1, ROOT]
@@ -254,6 +255,33 @@ def bfloat16_compute(ranks: Ranks) -> dict[str, Any]:
         "before": before,
         "after": full_weights(module),
     }
+
+
+def pieces(module: TreePolicy, ranks: Ranks, lora: LoraConfig | None = None) -> Any:
+    """What this rank gives to the engines in small groups, and all weights beside it."""
+    shard(module, ranks, torch.float32, offload=False)
+    cfg = Config(model=ModelConfig(dtype="bfloat16", lora=lora or LoraConfig()))
+    found = [
+        [
+            (each.name, each.dtype, list(each.shape), each.start, torch.from_numpy(array.copy()))
+            for each, array in zip(rows, arrays, strict=True)
+        ]
+        for rows, arrays in policy_pieces(module, cfg, ranks, group_bytes=2000)
+    ]
+    return {"pieces": found, "weights": full_weights(module)}
+
+
+def published(ranks: Ranks) -> Any:
+    return pieces(policy(has_value_head=True), ranks)
+
+
+def published_adapters(ranks: Ranks) -> Any:
+    return pieces(adapted_policy(), ranks, LoraConfig(rank=4))
+
+
+def published_experts(ranks: Ranks) -> Any:
+    """Fused in memory, one by one on the hub."""
+    return pieces(TreePolicy(tiny("qwen3_moe"), 1.0), ranks)
 
 
 def wrong_weights(ranks: Ranks) -> str:

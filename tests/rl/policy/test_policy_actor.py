@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 from policy_trees import VOCABULARY, grown, paired, tiny
-from safetensors.torch import load_file
+from published import arrived, of_ranks
 
 from conf.errors import WorkerLost
 from conf.schema import Config, LearnerConfig
@@ -59,7 +59,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def group(checkpoint: str, logs: Path) -> Iterator[LearnerGroup]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    started = LearnerGroup(config(2), checkpoint, logs, num_gpus=0)
+    started = LearnerGroup(config(2), checkpoint, logs)
     answer(started, started.ready())
     yield started
     started.close()
@@ -82,14 +82,17 @@ def trees() -> list[TreeCredit]:
     return [paired(tree, rng).credit() for tree in made]
 
 
-def test_two_processes_learn_what_one_learns(group: LearnerGroup, alone: Learner, tmp_path: Path):
+async def in_shared_memory(ref: Any) -> Any:
+    return ray.get(ref)
+
+
+def test_two_processes_learn_what_one_learns_and_publish_it_together(group: LearnerGroup, alone: Learner):
     found, wanted = answer(group, group.update(trees(), 0)), alone.update(trees(), 0)
     # each rank has packs of its own, so a tree that two of them share costs its prefix twice
     assert found.pop("learner/packed_tokens") >= wanted.pop("learner/packed_tokens")
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
-    answer(group, group.save_weights(str(tmp_path / "group.safetensors")))
-    alone.save_weights(tmp_path / "alone.safetensors")
-    group_weights, weights = load_file(tmp_path / "group.safetensors"), load_file(tmp_path / "alone.safetensors")
+    group_weights = arrived(group.publish(1, limit_s=200.0), in_shared_memory)
+    weights = arrived(of_ranks([alone.pieces()]))
     assert group_weights.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(group_weights[name], weight, rtol=0, atol=1e-5)

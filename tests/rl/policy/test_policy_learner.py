@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from policy_trees import VOCABULARY, grown, paired, tiny
+from published import arrived, of_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,6 +80,11 @@ def batch(num_prompts: int = 5, seed: int = 0) -> list[TreeCredit]:
 
 def learner_of(cfg: Config, path: str) -> Learner:
     return Learner(cfg, path, Ranks.alone(torch.device("cpu")))
+
+
+def published(learner: Learner) -> dict[str, torch.Tensor]:
+    """What engines get."""
+    return arrived(of_ranks([learner.pieces()]))
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -300,16 +306,14 @@ def test_scores_are_those_of_the_plain_model(checkpoint: str):
     assert one_score(learner_of(config(), checkpoint), context_ids, action_ids) == pytest.approx(expected, abs=1e-5)
 
 
-def test_weights_are_written_whole_under_their_names_with_the_tied_head_left_out(checkpoint: str, tmp_path: Path):
+def test_engines_get_whole_weights_under_their_names_with_the_tied_head_left_out(checkpoint: str, tmp_path: Path):
     learner = learner_of(config(), checkpoint)
     learner.update(batch(), 0)
-    learner.save_weights(tmp_path / "weights.safetensors")
     learner.save(tmp_path)
-    written = load_file(tmp_path / "weights.safetensors")
+    written = published(learner)
     assert sorted(written) == sorted(load_file(tmp_path / "model" / "model.safetensors"))
     assert "lm_head.weight" not in written
     assert all(torch.equal(weight, written[name.removeprefix("model.")]) for name, weight in weights(learner).items())
-    assert [file.name for file in tmp_path.glob("weights*")] == ["weights.safetensors"]
 
 
 def test_a_saved_model_is_a_plain_hugging_face_folder(checkpoint: str, tmp_path: Path):
@@ -433,17 +437,16 @@ def test_values_and_kl_are_measured_at_every_trained_step(checkpoint: str):
     assert kl is not None and kl[row] == pytest.approx(gap, abs=1e-4)
 
 
-def test_adapters_alone_are_trained_and_engines_get_them_merged(checkpoint: str, tmp_path: Path):
+def test_adapters_alone_are_trained_and_engines_get_them_merged(checkpoint: str):
     learner = learner_of(config(lora=LoraConfig(rank=2), loss={"kl_coef": 0.1}), checkpoint)
     before = weights(learner)
     learner.update(batch(), 0)
     moved = {name for name, weight in weights(learner).items() if not torch.equal(weight, before[name])}
     assert moved and all("lora_" in name for name in moved)
-    learner.save_weights(tmp_path / "weights.safetensors")
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)
-    published = load_file(tmp_path / "weights.safetensors")
-    assert set(published) == {name for name, _ in plain.named_parameters()}
-    plain.load_state_dict(published, strict=False)
+    merged = published(learner)
+    assert set(merged) == {name for name, _ in plain.named_parameters()}
+    plain.load_state_dict(merged, strict=False)
     logp = plain(input_ids=torch.tensor([[1, 5, 9, 4]])).logits[0].log_softmax(-1)
     assert one_score(learner, [1, 5, 9], [4]) == pytest.approx([logp[2, 4].item()], abs=1e-5)
 

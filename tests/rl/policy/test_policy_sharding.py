@@ -11,13 +11,16 @@ import pytest
 import rank_cases
 import torch
 from policy_trees import tiny
+from published import arrived, of_ranks
 from rank_cases import forest, gradients, packs_of, policy, stepped, train_on, wide_policy
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from conf.errors import CheckpointError
-from conf.schema import Layout, LearnerConfig
+from conf.schema import Layout, LearnerConfig, LoraConfig
+from rl.policy.lora import base_causal_lm
 from rl.policy.model import TreePolicy
 from rl.policy.optimizer import build_optimizer
 from rl.policy.pack import pack
@@ -30,6 +33,9 @@ from rl.policy.sharding import (
     load_full_weights,
     shard,
 )
+from rl.policy.shards import groups_of
+from rl.policy.stored import plain_weights
+from rollout.shards import Rows
 
 HAS_8BIT = importlib.util.find_spec("torchao") is not None
 CASES = [
@@ -46,6 +52,9 @@ CASES = [
     rank_cases.trained,
     rank_cases.bfloat16_compute,
     rank_cases.wrong_weights,
+    rank_cases.published,
+    rank_cases.published_adapters,
+    rank_cases.published_experts,
     *([rank_cases.trained_8bit] if HAS_8BIT else []),
 ]
 pytestmark = pytest.mark.timeout(600)  # the first test starts two processes, which a busy machine makes wait
@@ -325,3 +334,53 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def engine_weights(of_rank: list[Any]) -> dict[str, Tensor]:
+    """What engines make of the pieces of all ranks."""
+    parts = [
+        [
+            ([Rows(name, dtype, tuple(shape), start) for name, dtype, shape, start, _ in group],
+             [array.numpy() for *_, array in group])
+            for group in found["pieces"]
+        ]
+        for found in of_rank
+    ]  # fmt: skip
+    assert len(parts[0]) > 3, "there are several groups"
+    return arrived(of_ranks(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "module", "lora"),
+    [
+        ("published", policy, LoraConfig()),
+        ("published_adapters", rank_cases.adapted_policy, LoraConfig(rank=4)),
+        ("published_experts", lambda: TreePolicy(tiny("qwen3_moe"), 1.0), LoraConfig()),
+    ],
+    ids=["tied", "adapters", "experts"],
+)
+def test_the_pieces_of_two_ranks_make_the_weights_of_one_process(
+    of_two_ranks: dict[str, list[Any]], case: str, module: Callable[[], TreePolicy], lora: LoraConfig
+):
+    alone = module()
+    whole = plain_weights({name: each.detach() for name, each in alone.named_parameters()}, lora)
+    wanted = revert_weight_conversion(base_causal_lm(alone.model), whole)
+    found = engine_weights(of_two_ranks[case])
+    assert found.keys() == wanted.keys() and "lm_head.weight" not in found
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight.to(torch.bfloat16)), name
+
+
+@pytest.mark.slow
+def test_no_rank_gives_more_than_its_share(of_two_ranks: dict[str, list[Any]]):
+    for case in ("published", "published_experts"):
+        sizes = [sum(len(row[-1]) for group in found["pieces"] for row in group) for found in of_two_ranks[case]]
+        assert max(sizes) < 0.75 * sum(sizes), "experts are made whole a layer at a time, in turn"
+
+
+def test_groups_keep_an_adapter_with_its_layer_and_hold_what_fits():
+    layer = "model.base_model.model.model.layers.0.q_proj"
+    adapted = [f"{layer}.base_layer.weight", f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"]
+    sizes = {"embed": 50, **dict.fromkeys(adapted, 10), "norm": 1, "head": 200}
+    assert groups_of(sizes, 85) == [[["embed"], adapted, ["norm"]], [["head"]]]
