@@ -36,6 +36,7 @@ from conf.keys import (
     kind_of,
     nearest_keys,
 )
+from conf.reads import plain, watched_if_asked
 from conf.schema import Config, SourceConfig
 
 PRIMARY = "config"
@@ -123,7 +124,7 @@ def from_yaml(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def to_yaml(cfg: Config) -> str:
     """Every setting of a configuration, as `from_yaml` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    return OmegaConf.to_yaml(OmegaConf.structured(plain(cfg)))
 
 
 # Overrides
@@ -293,7 +294,7 @@ def _build(layers: Iterable[Layer], complaints: _Complaints) -> Config:
         reason = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'a setting'}: {reason}. Check its ${{...}}.") from error
     assert isinstance(made, Config), "the base of the merge is a Config"
-    return made
+    return watched_if_asked(made)
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
