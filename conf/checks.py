@@ -171,20 +171,37 @@ MAX_TEMPERATURE = 5.0
 """Beyond it a policy draws nearly at random, and a slip like 10 for 1.0 is more likely than a wish."""
 
 
-def problems(cfg: Config) -> list[Problem]:
-    """Everything that is wrong with a configuration, in the order of the rules."""
-    return [problem for rule in rules() for problem in rule(cfg)]
+OF_THIS_MACHINE: tuple[Rule, ...] = (
+    check_machine.cores_and_gpus_suffice,
+    check_machine.engine_is_installed,
+    check_machine.cache_holds_a_path,
+    check_machine.tracker_can_log_in,
+    check_learner.layout_fits_the_device,
+    check_learner.processes_have_devices,
+    check_learner.offload_has_a_gpu,
+)
+"""Rules that look at the cores, GPUs, packages and keys of this machine."""
 
 
-def require_runnable(cfg: Config, warn: Callable[[str], None] = logger.warning) -> None:
+def problems(cfg: Config, *, elsewhere: bool = False) -> list[Problem]:
+    """Everything that is wrong with a configuration, in the order of the rules.
+
+    Args:
+        elsewhere: the run goes to other machines, so nothing is asked of this one.
+    """
+    return [problem for rule in rules() if not (elsewhere and rule in OF_THIS_MACHINE) for problem in rule(cfg)]
+
+
+def require_runnable(cfg: Config, warn: Callable[[str], None] = logger.warning, *, elsewhere: bool = False) -> None:
     """Tell every warning, and refuse a configuration that cannot run.
 
     Args:
         cfg: a composed configuration.
         warn: told each warning; logs it unless said otherwise.
+        elsewhere: as for `problems`.
     Raises: ConfigError that lists all fatal problems.
     """
-    found = problems(cfg)
+    found = problems(cfg, elsewhere=elsewhere)
     for problem in found:
         if not problem.fatal:
             warn(problem.text)

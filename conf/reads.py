@@ -103,8 +103,12 @@ def unread(cfg: Config, read: Collection[str], exempt: Iterable[str] = ()) -> di
     return {
         key: value
         for key, value in changed(cfg).items()
-        if key not in read and not any(key == each or (each[-1:] == "." and key.startswith(each)) for each in not_expected)
+        if key not in read and not any(_falls_under(key, each) for each in not_expected)
     }
+
+
+def _falls_under(key: str, exempt: str) -> bool:
+    return key == exempt or (exempt.endswith(".") and key.startswith(exempt))
 
 
 def silent(cfg: Config) -> list[str]:
@@ -213,5 +217,3 @@ def _reader(file: str) -> _Reader:
     if inside.partition("/")[0] not in CODE or inside.startswith(LOOKS_ON):
         return _Reader.other
     return _Reader.rule if inside.startswith(RULES) else _Reader.user
-
-

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost
 from rl.commands import (
+    check,
     check_reward,
     completion,
     config,
@@ -29,7 +30,22 @@ from rl.commands.shared import INTERRUPTED, RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
 from rl.supervisor import FAILED, LOST, TRAIN_HERE
 
-COMMANDS = (train, launch, jobs, logs, stop, evaluate, rollout, report, replay, check_reward, new, config, completion)
+COMMANDS = (
+    train,
+    check,
+    launch,
+    jobs,
+    logs,
+    stop,
+    evaluate,
+    rollout,
+    report,
+    replay,
+    check_reward,
+    new,
+    config,
+    completion,
+)
 """In the order of the help."""
 
 ABOUT = """\
@@ -43,6 +59,7 @@ examples:
   grove train experiment=hop_search                      the demo: a tiny model learns to search, on two cores
   grove train experiment=hop_search seed=1 rollout=chains credit=grpo
   grove train experiment=hop_search run.resume=true      continue where it stopped
+  grove check experiment=hop_search                      one step of it, small, and a plan: before it costs anything
   grove train rewards.sources.mine.fn=my_rewards.py:polite credit=tree_step
   grove launch local experiment=hop_search               the same in the background; also on Ray, Slurm, Kubernetes
   grove jobs                                             how launched runs are doing

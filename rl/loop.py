@@ -10,6 +10,7 @@ from conf.schema import Config
 from conf.settle import settled
 from rl.interrupts import uninterrupted
 from rl.run import Run, opened_run
+from rl.unread import told_if_unread
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +21,10 @@ def train(cfg: Config) -> dict[str, Any]:
     Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, ...
     Raises: GroveError for whatever the user or the world did; KeyboardInterrupt after a checkpoint.
     """
-    cfg = settled(cfg)
-    require_runnable(cfg, warn=logger.debug)
-    with opened_run(cfg) as run:
-        return train_run(run)
+    with told_if_unread(settled(cfg)) as cfg:
+        require_runnable(cfg, warn=logger.debug)
+        with opened_run(cfg) as run:
+            return train_run(run)
 
 
 def train_run(run: Run) -> dict[str, Any]:

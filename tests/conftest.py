@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,12 @@ ROOT = Path(__file__).parents[1]
 
 # The repository comes first: tests/rewards and its like are folders without __init__.py and would hide the packages.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from key_reads import is_whole_suite, missing_keys  # noqa: E402
+
+from conf.reads import FOLDER_VARIABLE  # noqa: E402
+
+READS, MISSING = pytest.StashKey[Path](), pytest.StashKey[list[str]]()
 
 # Before anything imports the libraries that read them; Ray's workers and spawned processes inherit them.
 os.environ.update(
@@ -57,6 +65,35 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared/data folder beside the checkout")
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a run of the whole suite note which settings are read; its processes inherit the folder."""
+    if hasattr(config, "workerinput") or os.environ.get(FOLDER_VARIABLE) or not is_whole_suite(config.option):
+        return
+    os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="grove-key-reads-")
+    config.stash[READS] = Path(os.environ[FOLDER_VARIABLE])
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail where all tests passed and some setting was read by none of them."""
+    folder = session.config.stash.get(READS, None)
+    if folder is None:
+        return
+    missing = missing_keys(folder)
+    shutil.rmtree(folder)
+    if exitstatus == pytest.ExitCode.OK and missing:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.stash[MISSING] = missing
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which."""
+    missing = config.stash.get(MISSING, [])
+    if missing:
+        terminalreporter.section("settings that no test reads", red=True)
+        terminalreporter.line("Remove each, or write a test of what it does:")
+        terminalreporter.line("  " + "\n  ".join(missing))
 
 
 NEEDS_THE_MACHINE = ("ray", "vllm", "slow")

@@ -18,7 +18,7 @@ from rl.completion import SETTINGS
 if TYPE_CHECKING:
     from rl.jobs.record import Launch
 
-RED, YELLOW, PLAIN = "\033[31m", "\033[33m", "\033[0m"
+RED, YELLOW, GREEN, PLAIN = "\033[31m", "\033[33m", "\033[32m", "\033[0m"
 
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C ended, as shells have it."""

@@ -1,1 +1,1 @@
-"""The dry run: one whole step of a run on this machine's CPU with a tiny stand-in for its model, and a plan of the run."""
+"""The dry run: one whole step of a run on this machine's CPU, with a tiny stand-in for its model, and a plan."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from conf.check_machine import num_gpus
 from conf.errors import ConfigError, GroveError
 from conf.keys import all_keys
 from conf.reads import pattern_of, read_keys, unread, watched
@@ -26,14 +27,18 @@ from rewards.arguments import MODEL
 from rewards.base import build_sources
 from rewards.service import RewardService
 from rewards.types import BROKEN, ScoredTree
-from rl.dry_run.found import DryRun, Stage, Tell, Weight
+from rl.dry_run.found import DryRun, Stage, Tell
+from rl.dry_run.machines import Machines
+from rl.dry_run.memory import memory, sizes_of
+from rl.dry_run.plan import tokens_of_step
 from rl.dry_run.settings import LIMIT_S, PROMPTS, reduced, replaced_settings, unexercised
-from rl.dry_run.stand_in import Shown, config_folder, demonstrations, teach, try_tools, write_stand_in
+from rl.dry_run.stand_in import Shown, config_folder, demonstrations, teach, try_tools, write_stand_in, write_weights
 from rl.launch import Parts, launched
 from rl.loop import train_run
 from rl.metrics import read_metrics
 from rl.model import resolve_model
 from rl.progress import Progress
+from rl.record import read_trees
 from rl.run import Run
 from rl.run_folder import RunFolder, open_run_folder, route_logs, settings
 from rl.tiny import save_tiny_model, tiny_model
@@ -62,7 +67,9 @@ MEASURED = ("time/", "seconds", "per_second", "cached", "requests", "retries", "
 """Parts of the names of metrics that tell of the machine and not of what was computed."""
 
 
-def check_run(cfg: Config, tell: Tell, *, asks_judges: bool = True) -> DryRun:
+def check_run(
+    cfg: Config, tell: Tell, *, asks_judges: bool = True, machines: Machines | None = None, gpu_bytes: int = 0
+) -> DryRun:
     """Try a run: its data, tools and rewards, one step and the next, a checkpoint, and going on from it.
 
     Nothing is written outside of a folder that is removed; no cluster, tracker or reward model of the run's own is
@@ -72,8 +79,11 @@ def check_run(cfg: Config, tell: Tell, *, asks_judges: bool = True) -> DryRun:
         cfg: a settled configuration that passed the rules.
         tell: told each stage as it ends.
         asks_judges: ask the endpoints of rewards.models about one tree of two short trajectories.
+        machines: what the run goes to; None for this machine.
+        gpu_bytes: memory of one GPU, where known, for the plan.
     """
     found = DryRun()
+    on_gpu = (machines.gpus if machines else num_gpus()) > 0
 
     def told(stage: Stage) -> None:
         found.stages.append(stage)
@@ -82,7 +92,9 @@ def check_run(cfg: Config, tell: Tell, *, asks_judges: bool = True) -> DryRun:
     with _scratch() as scratch:
         put_back = route_logs(scratch / "logs")
         try:
-            _Rehearsal(cfg, scratch, found, told, asks_judges=asks_judges).run()
+            rehearsal = _Rehearsal(cfg, scratch, found, told, asks_judges=asks_judges)
+            rehearsal.on_gpu, rehearsal.gpu_bytes = on_gpu, gpu_bytes
+            rehearsal.run()
         except GroveError as error:
             found.fail(str(error), is_setting=isinstance(error, ConfigError))
         except Exception as error:  # of a library, or of the user's own code where we call it
@@ -152,6 +164,7 @@ class _Rehearsal:
         self.stands_in: dict[str, Level] = {}
         self.judges: list[str] = []
         self.turn_tokens = LEAST_TURN_TOKENS
+        self.on_gpu, self.gpu_bytes = False, 0
 
     def run(self) -> None:
         """All stages."""
@@ -169,7 +182,8 @@ class _Rehearsal:
             with contextlib.ExitStack() as stack:
                 with self._stage("start") as told:
                     parts = stack.enter_context(launched(dry, model_path, folder.logs))
-                    told.text = f"Ray, 1 {dry.rollout.engine.value} engine, {_times(dry.learner.num_processes, 'learner')}"
+                    learners = _times(dry.learner.num_processes, "learner process", "learner processes")
+                    told.text = f"Ray, an engine ({dry.rollout.engine.value}), {learners}"
                 route_logs(self.scratch / "logs")
                 self._train(dry, folder, source, parts, stages)
                 self._resume(dry, folder, source, parts, stages)
@@ -223,15 +237,19 @@ class _Rehearsal:
 
     def _stand_in(self) -> tuple[Any, Any]:
         """The model and its tokenizer, written into the folder of the stand-in."""
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         with self._stage("model") as told:
             folder = self.scratch / STAND_IN
             if self.cfg.model.path:
-                model = write_stand_in(config_folder(self.cfg.model.path, self.scratch), folder, self.cfg.seed)
+                given = config_folder(self.cfg.model.path, self.scratch)
+                model = write_stand_in(given, folder, self.cfg.seed)
+                sizes = sizes_of(AutoConfig.from_pretrained(given), self.cfg)
             else:
                 model = tiny_model(watched(self.cfg.model.tiny, self.reads, "model.tiny"), self.cfg.seed)
                 save_tiny_model(folder, model)
+                sizes = sizes_of(model.config, self.cfg)
+            self.found.memory = memory(self.cfg, sizes, on_gpu=self.on_gpu, gpu_bytes=self.gpu_bytes)
             text, parameters = model.config.get_text_config(), sum(each.numel() for each in model.parameters())
             told.text = (
                 f"{type(model).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, a vocabulary of "
@@ -246,7 +264,8 @@ class _Rehearsal:
             build_sources(self.cfg.rewards, prompts[0].data.keys())  # now that the columns are known, by name
             self.prompts = prompts
             lengths = [len(prompt.token_ids) for prompt in source.draw(0, 64)]
-            self.found.tokens["prompt_tokens"] = sum(lengths) / len(lengths)
+            self.prompt_tokens = sum(lengths) / len(lengths)
+            self.found.tokens = tokens_of_step(self.cfg.rollout, self.prompt_tokens, 0)
             told.text = f"prompts of {min(lengths)} to {max(lengths)} tokens"
         return source
 
@@ -278,7 +297,7 @@ class _Rehearsal:
                 shown = [Shown(row["input_ids"], [label != IGNORED for label in row["labels"]]) for row in rows]
             self.turn_tokens = max(LEAST_TURN_TOKENS, longest_turn(shown) + TURN_MARGIN)
             loss = teach(model, shown, self.cfg.seed)
-            model.save_pretrained(self.scratch / STAND_IN)
+            write_weights(model, self.scratch / STAND_IN)
             told.text = f"{len(shown)} demonstrations, loss {loss:.2f} nats a token"
 
     def _train(self, dry: Config, folder: RunFolder, source: PromptSource, parts: Parts, stages: _Stages) -> None:
@@ -289,18 +308,18 @@ class _Rehearsal:
         finally:
             run.stop_growing()
         rows = [row for row in read_metrics(folder.metrics) if "time/step_seconds" in row]
-        self.found.tokens |= {
-            "dry_generated_tokens": rows[-1]["rollout/generated_tokens"],
-            "dry_trajectories": rows[-1].get("rollout/trajectories"),
-        }
+        if dry.run.record_every_steps:
+            nodes = [node for each in read_trees(folder.tree_file(1)) for node in each.tree.nodes]
+            lengths = [len(node.observation_ids) for node in nodes if node.observation_ids] or [0]
+            self.found.tokens = tokens_of_step(self.cfg.rollout, self.prompt_tokens, sum(lengths) / len(lengths))
         if not any(row.get("learner/grad_norm") for row in rows):
             silent = rows[-1].get("credit/zero_advantage_share", 1.0)
             left_out = {name: share for name, share in rows[-1].items() if name.startswith("select/") and share}
             self.found.warn(
                 f"nothing was learned: {silent:.0%} of the steps had no advantage"
                 + (f", and selection left out {left_out}" if left_out else "")
-                + ". With a stand-in whose answers are mostly wrong that can be; if your rewards are the same for every "
-                "trajectory of a prompt, the real run learns nothing either."
+                + ". With a stand-in, whose answers are mostly wrong, that can be. But where rewards are the same for "
+                "all trajectories of a prompt, the real run learns nothing either."
             )
 
     def _resume(self, dry: Config, folder: RunFolder, source: PromptSource, parts: Parts, stages: _Stages) -> None:
@@ -332,9 +351,7 @@ class _Rehearsal:
     def _grown_for_judges(self, dry: Config, source: PromptSource, parts: Parts) -> ScoredTree | None:
         if not self.judges:
             return None
-        rollout = replace(
-            dry.rollout, expander=ExpanderKind.chains, num_leaves=JUDGED_LEAVES, max_steps=JUDGED_STEPS
-        )
+        rollout = replace(dry.rollout, expander=ExpanderKind.chains, num_leaves=JUDGED_LEAVES, max_steps=JUDGED_STEPS)
         with self._stage("a tree for the judges"):
             prompts = source.draw(0, 1)
             ((_, tree),) = parts.pool.grow(prompts, derive_seed(self.cfg.seed, "judged"), rollout)
@@ -386,9 +403,7 @@ class _Rehearsal:
 
 def longest_turn(shown: Sequence[Shown]) -> int:
     """Tokens of the longest turn of some demonstrations."""
-    runs = (
-        len(list(run)) for each in shown for is_action, run in itertools.groupby(each.is_action) if is_action
-    )
+    runs = (len(list(run)) for each in shown for is_action, run in itertools.groupby(each.is_action) if is_action)
     return max(runs, default=0)
 
 
@@ -426,5 +441,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
-def _times(num: int, what: str) -> str:
-    return f"{num} {what}{'s' if num > 1 else ''}"
+def _times(num: int, one: str, many: str) -> str:
+    return f"{num} {one if num == 1 else many}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from rl.dry_run.memory import Part
 
@@ -54,11 +53,12 @@ class DryRun:
     """Settings that were changed and that nothing read: key -> value."""
     replaced: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Settings that were other ones here: key -> (of the run, of the dry run)."""
-    plan: list[dict[str, str]] = field(default_factory=list)
-    """The run's processes, one row each kind."""
+    places: str = ""
+    """The run's processes and where they go, as a table."""
     memory: list[Part] = field(default_factory=list)
-    tokens: dict[str, Any] = field(default_factory=dict)
-    """Of one step: what is foreseen, and what is not."""
+    tokens: dict[str, float] = field(default_factory=dict)
+    """Of one step of the run, at most, by what they are (`rl.dry_run.plan.tokens_of_step`); {} where nothing bounds
+    them."""
 
     @property
     def passed(self) -> bool:

@@ -82,7 +82,9 @@ def learner_part(cfg: Config, sizes: Sizes, *, on_gpu: bool) -> Part:
         "weights": 0 if waits_on_host else (trained * kept + frozen * computed) // ranks,
         "gradients": 0 if waits_on_host else trained * kept // ranks,
         "optimizer": 0 if waits_on_host else moments_bytes(cfg, trained, kept) // ranks,
-        "activations": activation_bytes(sizes, learner.pack_tokens, computed, recomputes=learner.gradient_checkpointing),
+        "activations": activation_bytes(
+            sizes, learner.pack_tokens, computed, recomputes=learner.gradient_checkpointing
+        ),
         "logits": logit_bytes(sizes, "cuda" if on_gpu else "cpu", learner.pack_tokens),
     }
     if is_sharded:
@@ -153,8 +155,9 @@ def activation_bytes(sizes: Sizes, tokens: int, computed: int, *, recomputes: bo
 def layer_bytes(sizes: Sizes, computed: int) -> int:
     """What backward needs of one token in one layer.
 
-    A normalisation keeps its input, in float32, and what comes out before and after its weight; attention keeps queries,
-    keys, values and its output; a gated feed-forward layer its two branches, the gate's activation and their product.
+    A normalisation keeps its input, in float32, and what comes out before and after its weight; attention keeps
+    queries, keys, values and its output; a gated feed-forward layer its two branches, the gate's activation and their
+    product.
     """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     norms = 2 * sizes.hidden * (FLOAT32 + 2 * computed)

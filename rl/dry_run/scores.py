@@ -1,4 +1,4 @@
-"""Scores in the place of a source whose model a dry run does not ask: any number in [0, 1], the same for the same text."""
+"""Scores for a source whose model a dry run does not ask: any number in [0, 1], the same for the same text."""
 
 from __future__ import annotations
 

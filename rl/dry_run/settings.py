@@ -1,10 +1,12 @@
-"""The settings of a dry run: the user's own, with smaller numbers, and with stand-ins for what does not fit in a minute."""
+"""The settings of a dry run: the user's, with smaller numbers and stand-ins for what does not fit in a minute."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from conf.reads import changed, plain, silent
 from conf.schema import (
@@ -14,7 +16,6 @@ from conf.schema import (
     Layout,
     LearnerConfig,
     Level,
-    ModelKind,
     RewardsConfig,
     RolloutConfig,
     RunConfig,
@@ -23,6 +24,7 @@ from conf.schema import (
     TrackerConfig,
     TrackerMode,
 )
+from rl.dry_run.machines import DEFAULT
 
 NUM_STEPS = 2
 """The first is checkpointed, the second is made once more after resuming from there."""
@@ -76,10 +78,14 @@ def replaced_settings(cfg: Config, dry: Config) -> dict[str, tuple[str, str]]:
     ours, theirs = changed(dry), changed(cfg)
     every = {key: (theirs.get(key), ours.get(key)) for key in [*theirs, *ours]}
     return {
-        key: ("default" if before is None else str(before), "default" if after is None else str(after))
+        key: (DEFAULT if before is None else _text(before), DEFAULT if after is None else _text(after))
         for key, (before, after) in every.items()
         if before != after and key not in PLACES and not key.startswith("rewards.sources.")
     }
+
+
+def _text(value: Any) -> str:
+    return str(value.value if isinstance(value, Enum) else value)
 
 
 PLACES = ("run.dir", "model.path", "task.corpus.cache_dir", "task.textworld.cache_dir")
@@ -92,8 +98,13 @@ def unexercised(cfg: Config, dry: Config, stands_in: Mapping[str, Level], asked:
     Args:
         asked: models under rewards.models that were asked all the same.
     """
-    found = {key: "says nothing to the run" for key in silent(cfg)}
-    found |= {"tracker.": "tracking is off", "cluster.": "a Ray of its own is started", "run.dir": "it writes elsewhere"}
+    found = dict.fromkeys(silent(cfg), "says nothing to the run")
+    found |= {"sweep.": "it is of several runs", "run.max_restarts": "it watches over the run"}
+    found |= {
+        "tracker.": "tracking is off",
+        "cluster.": "a Ray of its own is started",
+        "run.dir": "it writes elsewhere",
+    }
     if not cfg.model.path:
         found["model.warm_start."] = "it comes before the run"
     if dry.rollout.engine is not cfg.rollout.engine:
@@ -102,7 +113,9 @@ def unexercised(cfg: Config, dry: Config, stands_in: Mapping[str, Level], asked:
     found |= {f"rewards.sources.{name}.": "its scores are stand-ins" for name in stands_in}
     used = {source.model for source in cfg.rewards.sources.values()}
     found |= {
-        f"rewards.models.{name}.": "it is not asked" for name in cfg.rewards.models if name in used and name not in asked
+        f"rewards.models.{name}.": "it is not asked"
+        for name in cfg.rewards.models
+        if name in used and name not in asked
     }
     return found
 
@@ -195,8 +208,3 @@ def _learner(learner: LearnerConfig, prompts: int) -> LearnerConfig:
         update_timeout_s=min(learner.update_timeout_s, LIMIT_S),
         canary_samples=min(learner.canary_samples, 2),
     )
-
-
-def models_asked(cfg: Config, names: Mapping[str, Level]) -> dict[str, ModelKind]:
-    """Kind of the model that each of these sources asks."""
-    return {name: cfg.rewards.models[cfg.rewards.sources[name].model].kind for name in names}

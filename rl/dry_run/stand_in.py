@@ -1,7 +1,7 @@
 """A tiny model in the place of the real one: the same architecture and vocabulary, a few small layers, fresh weights.
 
-Fresh weights say nothing that a tool or a reward could be tried on. So the stand-in is taught for a few seconds to write
-what a policy writes: calls of the user's tools, and answers, right ones and wrong ones.
+Fresh weights say nothing that a tool or a reward could be tried on. So the stand-in is taught for a few seconds to
+write what a policy writes: calls of the user's tools, and answers, right ones and wrong ones.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def config_folder(path: str, scratch: Path) -> Path:
     except Exception as error:
         raise ConfigError(
             f'model.path="{path}" is neither a folder on this machine nor a model whose config the hub gives out '
-            f"({type(error).__name__}: {error}). Check the name, log in with `hf auth login` for a gated model, or give "
-            "the path of a folder with config.json and the tokenizer."
+            f"({type(error).__name__}: {error}). Check the name, log in with `hf auth login` for a gated model, or "
+            "give the path of a folder with config.json and the tokenizer."
         ) from error
 
 
@@ -145,12 +145,17 @@ def write_stand_in(source: Path, folder: Path, seed: int) -> Any:
             f"no tiny stand-in can be made of the model in {source} ({type(error).__name__}: {error}): Grove trains "
             "causal language models that transformers knows by their config.json. Check the file, or give such a model."
         ) from error
-    with _no_progress_bar():
-        model.save_pretrained(folder)
+    write_weights(model, folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     if (source / "generation_config.json").is_file():  # names tokens that end a turn
         shutil.copy(source / "generation_config.json", folder)
     return model
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """Write a model and its config."""
+    with _no_progress_bar():
+        model.save_pretrained(folder)
 
 
 @contextmanager
