@@ -30,11 +30,18 @@ NOTES = "keys.txt"
 
 NAMES = ("run.name", "task.name", "credit.name")
 """Settings for people: they name folders and pages."""
+OF_OTHERS = ("launch.", "sweep.", "run.max_restarts")
+"""Settings of what starts runs and watches over them."""
+WHEN_IT_GOES_WRONG = ("rollout.max_worker_restarts", "rewards.max_failed_share", "select.max_refills")
+"""Settings that are read when a worker dies, a score fails, or nothing is left of a prompt."""
+WHEN_A_MODEL_IS_LOST = ("max_retries", "breaker_failures", "breaker_rest_s")
+"""The same of an entry of rewards.models."""
 
 FLOORS = Path(__file__).resolve().parents[1]
 CODE = ("conf", "rollout", "rewards", "rl")
 """Folders of the code whose reads are uses."""
 RULES = ("conf/check_", "conf/problem.py")
+TEMPLATES = ("/jinja2/", "<template>")
 """Code that looks at settings for others: its reads are uses where a part of a run calls it, not where a check does."""
 LOOKS_ON = ("conf/checks.py", "conf/compose.py", "conf/keys.py", "conf/reads.py", "rl/dry_run/")
 """Code that goes over settings and uses none."""
@@ -46,7 +53,8 @@ class _Reader(Enum):
     """Who reads."""
 
     user = auto()
-    rule = auto()
+    asked = auto()
+    """Somebody else wants to know, whoever calls it."""
     other = auto()
 
 
@@ -70,7 +78,8 @@ def plain(value: Record) -> Record:
     """The same settings in the records of conf/schema.py themselves, at every depth."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made = getattr(type(value), "_record", type(value))
-        return made(**{each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)})
+        values = {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return cast(Record, made(**values))
     if isinstance(value, dict):
         return cast(Record, {name: plain(item) for name, item in value.items()})
     return value
@@ -111,11 +120,14 @@ def _falls_under(key: str, exempt: str) -> bool:
     return key == exempt or (exempt.endswith(".") and key.startswith(exempt))
 
 
-def silent(cfg: Config) -> list[str]:
-    """Settings that no run reads and that are no mistake: names for people, and what is said of a source that is only
-    recorded."""
-    recorded = [name for name, source in plain(cfg).rewards.sources.items() if source.weight == 0]
-    return [*NAMES, *(f"rewards.sources.{name}.signal" for name in recorded)]
+def excused(cfg: Config) -> list[str]:
+    """Keys, and beginnings of keys, that are no mistake although a run reads none of them: names for people, what other
+    commands read, what is read when something goes wrong, and what is said of a source that is only recorded."""
+    cfg = plain(cfg)
+    recorded = [name for name, source in cfg.rewards.sources.items() if source.weight == 0]
+    found = [*NAMES, *OF_OTHERS, *WHEN_IT_GOES_WRONG, *(f"rewards.sources.{name}.signal" for name in recorded)]
+    found += [f"rewards.models.{name}.{field}" for name in cfg.rewards.models for field in WHEN_A_MODEL_IS_LOST]
+    return found + (["rollout.min_batch_share"] if cfg.rollout.batch_timeout_s else [])
 
 
 def pattern_of(key: str) -> str:
@@ -202,7 +214,7 @@ def _note(folder: str, key: str) -> None:
 def _is_use(frame: FrameType | None) -> bool:
     while frame is not None:
         reader = _reader(frame.f_code.co_filename)
-        if reader is not _Reader.rule:
+        if reader is not _Reader.asked:
             return reader is _Reader.user
         frame = frame.f_back
     return False
@@ -210,10 +222,12 @@ def _is_use(frame: FrameType | None) -> bool:
 
 @cache
 def _reader(file: str) -> _Reader:
+    if any(part in file for part in TEMPLATES):
+        return _Reader.asked
     try:
         inside = Path(file).resolve().relative_to(FLOORS).as_posix()
     except ValueError:
         return _Reader.other
     if inside.partition("/")[0] not in CODE or inside.startswith(LOOKS_ON):
         return _Reader.other
-    return _Reader.rule if inside.startswith(RULES) else _Reader.user
+    return _Reader.asked if inside.startswith(RULES) else _Reader.user

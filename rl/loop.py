@@ -21,7 +21,8 @@ def train(cfg: Config) -> dict[str, Any]:
     Returns: what summary.json holds: `success_before` and `success_after` on held-out prompts, tokens, seconds, ...
     Raises: GroveError for whatever the user or the world did; KeyboardInterrupt after a checkpoint.
     """
-    with told_if_unread(settled(cfg)) as cfg:
+    with told_if_unread(cfg) as watched_cfg:
+        cfg = settled(watched_cfg)
         require_runnable(cfg, warn=logger.debug)
         with opened_run(cfg) as run:
             return train_run(run)

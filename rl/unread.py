@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from conf.reads import read_keys, silent, unread, watched
+from conf.reads import excused, read_keys, unread, watched
 from conf.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def told_if_unread(cfg: Config) -> Iterator[Config]:
         return
     with tempfile.TemporaryDirectory(prefix="grove-reads-") as folder:
         yield watched(cfg, Path(folder))
-        found = unread(cfg, read_keys(Path(folder)), silent(cfg))
+        found = unread(cfg, read_keys(Path(folder)), excused(cfg))
     if found:
         settings = ", ".join(f"{key}={value}" for key, value in found.items())
         logger.warning(

@@ -7,6 +7,7 @@ process, and the session fails at its end where a key is missing.
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def names_read() -> set[str]:
                 names.add(node.attr)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
                 names |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+    for template in (ROOT / "rl" / "jobs" / "templates").iterdir():
+        names |= set(re.findall(r"\.(\w+)", template.read_text(encoding="utf-8")))
     return names
 
 

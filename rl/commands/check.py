@@ -70,11 +70,11 @@ def _check(arguments: argparse.Namespace) -> int:
     from conf.compose import compose
     from conf.settle import settled
 
-    cfg = settled(compose(arguments.overrides, arguments.config_dir))
+    cfg = compose(arguments.overrides, arguments.config_dir)
     machines = None
     if arguments.nodes is not None or arguments.gpus is not None:
         machines = Machines(arguments.nodes or 1, arguments.gpus or 0, arguments.cores)
-    require_runnable(cfg, warn=warn, elsewhere=machines is not None)
+    require_runnable(settled(cfg), warn=warn, elsewhere=machines is not None)
     from rl.dry_run.check import check_run
     from rl.dry_run.plan import as_json, memory_lines, token_lines
 

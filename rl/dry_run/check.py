@@ -21,8 +21,9 @@ from rich.console import Console
 from conf.check_machine import num_gpus
 from conf.errors import ConfigError, GroveError
 from conf.keys import all_keys
-from conf.reads import pattern_of, read_keys, unread, watched
+from conf.reads import pattern_of, plain, read_keys, unread, watched
 from conf.schema import Config, EngineKind, ExpanderKind, Level, ModelKind
+from conf.settle import settled
 from rewards.arguments import MODEL
 from rewards.base import build_sources
 from rewards.service import RewardService
@@ -32,7 +33,16 @@ from rl.dry_run.machines import Machines
 from rl.dry_run.memory import memory, sizes_of
 from rl.dry_run.plan import tokens_of_step
 from rl.dry_run.settings import LIMIT_S, PROMPTS, reduced, replaced_settings, unexercised
-from rl.dry_run.stand_in import Shown, config_folder, demonstrations, teach, try_tools, write_stand_in, write_weights
+from rl.dry_run.stand_in import (
+    Shown,
+    config_folder,
+    demonstrations,
+    odd_turns,
+    teach,
+    try_tools,
+    write_stand_in,
+    write_weights,
+)
 from rl.launch import Parts, launched
 from rl.loop import train_run
 from rl.metrics import read_metrics
@@ -76,7 +86,7 @@ def check_run(
     asked. Whatever goes wrong is a finding; only an interrupt is raised.
 
     Args:
-        cfg: a settled configuration that passed the rules.
+        cfg: a configuration that passed the rules.
         tell: told each stage as it ends.
         asks_judges: ask the endpoints of rewards.models about one tree of two short trajectories.
         machines: what the run goes to; None for this machine.
@@ -158,9 +168,10 @@ class _Rehearsal:
     """The stages in their order, and what they hand on."""
 
     def __init__(self, cfg: Config, scratch: Path, found: DryRun, tell: Tell, *, asks_judges: bool) -> None:
-        self.cfg, self.scratch, self.found, self.tell, self.asks_judges = cfg, scratch, found, tell, asks_judges
+        self.scratch, self.found, self.tell, self.asks_judges = scratch, found, tell, asks_judges
         self.reads = scratch / "reads"
         self.reads.mkdir()
+        self.given, self.cfg = cfg, plain(settled(watched(cfg, self.reads)))
         self.stands_in: dict[str, Level] = {}
         self.judges: list[str] = []
         self.turn_tokens = LEAST_TURN_TOKENS
@@ -287,8 +298,9 @@ class _Rehearsal:
     def _teach(self, model: Any, tokenizer: Any) -> None:
         """Show the stand-in what a policy writes: the task's own demonstrations, else calls and answers of ours."""
         with self._stage("teach") as told:
+            environment = build_environment(self._settings(), tokenizer)
+            asyncio.run(odd_turns(environment, tokenizer, self.prompts[0]))
             if self.cfg.model.path:
-                environment = build_environment(self._settings(), tokenizer)
                 tools = list(getattr(environment, "tools", {}).values())
                 shown = asyncio.run(demonstrations(self.cfg, tokenizer, environment, tools, self.prompts))
             else:
@@ -390,7 +402,7 @@ class _Rehearsal:
         models = {self.cfg.rewards.sources[name].model: True for name in self.judges}
         left_out = unexercised(self.cfg, dry, {n: v for n, v in self.stands_in.items() if n not in self.judges}, models)
         docs = {key.name: key.doc for key in all_keys()}
-        for key, value in unread(self.cfg, read_keys(self.reads), left_out).items():
+        for key, value in unread(self.given, read_keys(self.reads), left_out).items():
             self.found.unread[key] = str(value)
             about = docs[pattern_of(key)].split(". ")[0].rstrip(".")
             self.found.fail(

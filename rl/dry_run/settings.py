@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from conf.reads import changed, plain, silent
+from conf.reads import changed, excused, plain
 from conf.schema import (
     ClusterConfig,
     Config,
@@ -58,7 +58,9 @@ def reduced(
         task=_task(cfg.task, scratch),
         rollout=rollout,
         rewards=_rewards(cfg.rewards, stands_in),
-        select=replace(cfg.select, max_refills=min(cfg.select.max_refills, 1)),
+        select=replace(
+            cfg.select, num_kept=min(cfg.select.num_kept, LEAVES // 2), max_refills=min(cfg.select.max_refills, 1)
+        ),
         loss=replace(cfg.loss, critic=replace(cfg.loss.critic, path="", warmup_steps=0)),
         learner=_learner(cfg.learner, rollout.prompts_per_step),
         prm=replace(
@@ -98,7 +100,7 @@ def unexercised(cfg: Config, dry: Config, stands_in: Mapping[str, Level], asked:
     Args:
         asked: models under rewards.models that were asked all the same.
     """
-    found = dict.fromkeys(silent(cfg), "says nothing to the run")
+    found = dict.fromkeys(excused(cfg), "no step reads it")
     found |= {"sweep.": "it is of several runs", "run.max_restarts": "it watches over the run"}
     found |= {
         "tracker.": "tracking is off",

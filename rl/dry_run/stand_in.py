@@ -57,6 +57,8 @@ NEGATIVES = 2048
 INITIAL_STD = 0.06
 """The usual 0.02 learns far slower at this size."""
 WORDS_SHOWN = 6
+BROKEN_CALL = "<tool_call> {"
+"""No call in any format; in a format of words and in Llama's it is something else that is wrong, or an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,13 @@ async def try_tools(tools: Sequence[Tool], prompt: Prompt, timeout_s: float) -> 
         arguments = made_up_arguments(tool, prompt.question)
         tried.append(Tried(tool.name, arguments, await tool.call(arguments, prompt.data, timeout_s)))
     return tried
+
+
+async def odd_turns(environment: Environment, tokenizer: Any, prompt: Prompt) -> None:
+    """What a policy writes sooner or later: a call that cannot be read, and a turn that its token limit cuts."""
+    for text, stopped in ((BROKEN_CALL, True), ("a turn without an end", False)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        await environment.act(environment.reset(prompt), [*ids, environment.stop_token_ids[0]], stopped=stopped)
 
 
 async def demonstrations(

@@ -16,12 +16,14 @@ from conf import reads
 from conf.checks import problems
 from conf.compose import compose, to_yaml
 from conf.keys import all_keys
-from conf.reads import changed, pattern_of, plain, read_keys, silent, unread, watched
-from conf.schema import Config, SourceConfig
+from conf.reads import changed, excused, pattern_of, plain, read_keys, unread, watched
+from conf.schema import Config, RewardModelConfig, RolloutConfig, SourceConfig
+from rl.jobs.template import filled
 from rl.launch import gpu_share
 from rl.run_folder import settings
 from rollout.expand import build_expander
 
+IMPATIENT = RolloutConfig(batch_timeout_s=1.0)
 MINE = "rewards.sources.mine={fn: my.py:reward, args: {size: 2}}"
 
 
@@ -95,6 +97,13 @@ build_expander(pickle.loads(Path({str(sent)!r}).read_bytes()).rollout, 0)
     assert "rollout.max_forks" in read_keys(tmp_path)
 
 
+def test_what_a_template_asks_for_is_a_use(cfg: Config, tmp_path: Path):
+    template = tmp_path / "mine.jinja"
+    template.write_text("#SBATCH --nodes={{ slurm.nodes }}")
+    assert filled(str(template), "", {"slurm": watched(cfg, tmp_path).launch.slurm}) == "#SBATCH --nodes=1"
+    assert read_keys(tmp_path) == {"launch.slurm.nodes"}
+
+
 def test_a_folder_that_is_gone_disturbs_nobody(cfg: Config, tmp_path: Path):
     assert gpu_share(watched(cfg, tmp_path / "gone"), num_gpus=0).learner == 0
 
@@ -122,8 +131,16 @@ def test_unread_is_what_was_changed_and_not_read_and_not_excused(cfg: Config):
 
 def test_a_name_and_the_signal_of_a_source_that_is_only_recorded_may_say_nothing(cfg: Config):
     cfg.rewards.sources["mine"] = SourceConfig(fn="my.py:reward", signal="step", weight=0.0)
-    assert {"run.name", "rewards.sources.mine.signal"} <= set(silent(cfg))
-    assert "rewards.sources.progress.signal" not in silent(cfg)
+    assert {"run.name", "rewards.sources.mine.signal"} <= set(excused(cfg))
+    assert "rewards.sources.progress.signal" not in excused(cfg)
+
+
+def test_every_excused_key_exists(cfg: Config):
+    cfg.rewards.models["judge"] = RewardModelConfig()
+    known = {key.name for key in all_keys()}
+    found = [pattern_of(key) if key[-1] != "." else key for key in excused(replace(cfg, rollout=IMPATIENT))]
+    assert "rollout.min_batch_share" in found and "rewards.models.<name>.max_retries" in found
+    assert [key for key in found if key not in known and not any(each.startswith(key) for each in known)] == []
 
 
 def test_a_pattern_has_name_in_the_place_of_every_name_of_the_user(cfg: Config):
