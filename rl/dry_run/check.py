@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -71,6 +72,7 @@ TURN_MARGIN = 8
 JUDGED_LEAVES = JUDGED_STEPS = 2
 """Of the tree that endpoints are asked about."""
 SHOWN_CHARS = 160
+ERROR_LINE = re.compile(r"\w(Error|Exception)\b")
 RAY_PATH_LIMIT = 40
 """Characters of our folder's path up to which Ray's sockets still have names that the system takes (107 bytes)."""
 MEASURED = ("time/", "seconds", "per_second", "cached", "requests", "retries", "usd")
@@ -105,10 +107,12 @@ def check_run(
             rehearsal = _Rehearsal(cfg, scratch, found, told, asks_judges=asks_judges)
             rehearsal.on_gpu, rehearsal.gpu_bytes = on_gpu, gpu_bytes
             rehearsal.run()
-        except GroveError as error:
-            found.fail(str(error), is_setting=isinstance(error, ConfigError))
-        except Exception as error:  # of a library, or of the user's own code where we call it
-            found.fail(f"{type(error).__name__}: {error}")
+        except ConfigError as error:
+            found.fail(str(error), is_setting=True)
+        except Exception as error:  # of ours, of a library, or of the user's own code where we call it
+            found.fail(str(error) if isinstance(error, GroveError) else f"{type(error).__name__}: {error}")
+            for text in last_words(scratch / "run" / "logs"):
+                found.note(text)
         finally:
             put_back()
     return found
@@ -411,6 +415,16 @@ class _Rehearsal:
                 + ". Take it out, or set what makes it matter.",
                 is_setting=True,
             )
+
+
+def last_words(logs: Path) -> list[str]:
+    """The last line with an error of each log, for the logs go with the folder they are in."""
+    found = []
+    for file in sorted(logs.glob("*.log")):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        wrong = [line for line in lines if ERROR_LINE.search(line)]
+        found += [f"{file.name} ends with: {_short(wrong[-1])}"] if wrong else []
+    return found
 
 
 def longest_turn(shown: Sequence[Shown]) -> int:
