@@ -13,6 +13,7 @@ from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost
 from rl.commands import (
     check,
     check_reward,
+    compare,
     completion,
     config,
     evaluate,
@@ -40,6 +41,7 @@ COMMANDS = (
     evaluate,
     rollout,
     report,
+    compare,
     replay,
     check_reward,
     new,
@@ -65,6 +67,8 @@ examples:
   grove jobs                                             how launched runs are doing
   grove eval runs/hop_search-seed0 --prompts 512         held-out success of a run's newest checkpoint
   grove report runs/hop_search-seed0                     curve.png and report.html once more
+  grove train -m experiment=hop_search seed=1,2,3        a sweep: one run for each seed
+  grove compare runs/sweeps/hop_search-seed              is one better, or is it luck?
   grove replay runs/hop_search-seed0 credit=grpo         what other credit would have made of the run's trees
   grove new reward brevity                               a file to start a reward from, and its test
   grove new reward neater --level pair --model           one that lets a model compare two steps

@@ -128,6 +128,10 @@ def test_a_real_sweep_with_a_poisoned_reward_killed_half_way_and_resumed(tmp_pat
     assert {name: changed(folder, name) for name in done} == done  # not touched again
     rows = (folder / record.members[0].name / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 1]
+    compared = [sys.executable, "-m", "rl.cli", "compare", str(folder)]
+    said = subprocess.run(compared, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert "number1 is left out: it is failed" in said.replace("Number1", "number1")
+    assert {"compare.html", "compare.png", "compare.json"} <= {each.name for each in folder.iterdir()}
 
 
 def changed(folder: Path, name: str) -> float:
