@@ -73,7 +73,7 @@ def shown_name(name: str, run: RunConfig) -> str:
 
 def _power(done: Evaluated) -> Iterator[RenderableType]:
     found, samples = done.found, done.cfg.run.eval_samples
-    if found.spread is not None and samples > 1:
+    if found.spread is not None and found.spread.between + found.spread.within > 0:
         worth = samples / found.spread.design_effect(samples)
         yield Text(
             f"\nsamples of a prompt correlate by {found.spread.correlation:.2f}: {samples} of one prompt are worth "

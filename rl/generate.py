@@ -16,9 +16,9 @@ from conf.checks import require_runnable
 from conf.errors import ConfigError
 from conf.schema import Config
 from rewards.base import build_sources
+from rl.batch_metrics import reward_metrics, rollout_metrics
 from rl.export import write_export
 from rl.launch import Parts, launched
-from rl.metrics import reward_metrics, rollout_metrics
 from rl.model import resolve_model
 from rl.record import RecordedTree, read_trees, write_records
 from rl.run_folder import RunFolder, route_logs, settings

@@ -1,12 +1,15 @@
-"""The tables of docs/metrics.md, made from the declarations: `python -m rl.metrics_page`."""
+"""The tables of docs/metrics.md, made from the declarations: `python -m rl.metrics_page docs/metrics.md`."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from rl.exporter import exported_name
 from rl.metrics import METRICS, Better, Metric
 
+MARK = "<!-- from here on: python -m rl.metrics_page docs/metrics.md -->\n\n"
+"""Before the tables."""
 TITLES = {
     "eval": "Held-out prompts",
     "rollout": "Growing trees",
@@ -45,5 +48,12 @@ def _row(metric: Metric) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+def with_tables(page: str) -> str:
+    """A page with the tables behind its mark as they are now."""
+    kept, mark, _ = page.partition(MARK)
+    return kept + mark + metrics_tables()
+
+
 if __name__ == "__main__":
-    sys.stdout.write(metrics_tables())
+    for name in sys.argv[1:]:
+        Path(name).write_text(with_tables(Path(name).read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conf.schema import Config
-from rl.metrics import slowest_reward
+from rl.batch_metrics import slowest_reward
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40

@@ -17,6 +17,7 @@ from rewards.base import build_sources
 from rewards.types import ScoredTree
 from rl import checkpoint
 from rl.ahead import Ahead, Grown
+from rl.batch_metrics import reward_metrics, rollout_metrics, staleness_metrics
 from rl.credit.measured import Measured, measurements_needed
 from rl.credit.normalize import Moments
 from rl.credited import Credited, credited
@@ -25,7 +26,7 @@ from rl.health import health_metrics
 from rl.idle import IdleMeter, Span, write_stage_trace
 from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched, write_ray_timeline
-from rl.metrics import MetricsLog, reward_metrics, rollout_metrics, staleness_metrics
+from rl.metrics import MetricsLog
 from rl.model import resolve_model
 from rl.outcomes import successes_of, write_outcomes
 from rl.policy.actor import Calls, LearnerGroup

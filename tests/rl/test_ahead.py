@@ -14,7 +14,7 @@ from conf.schema import Correction, OldLogprobs
 from conf.settle import settled
 from rewards.drawn import parse_tree
 from rl.ahead import Ahead, Grown
-from rl.metrics import staleness_metrics
+from rl.batch_metrics import staleness_metrics
 
 
 class Grower:
