@@ -48,6 +48,7 @@ from rl.launch import Parts, launched
 from rl.loop import train_run
 from rl.metrics import read_metrics
 from rl.model import resolve_model
+from rl.placement import node_here, plan
 from rl.progress import Progress
 from rl.record import read_trees
 from rl.run import Run
@@ -95,6 +96,7 @@ def check_run(
         gpu_bytes: memory of one GPU, where known, for the plan.
     """
     found = DryRun()
+    _find_places(cfg, machines, found)
     on_gpu = (machines.gpus if machines else num_gpus()) > 0
 
     def told(stage: Stage) -> None:
@@ -116,6 +118,19 @@ def check_run(
         finally:
             put_back()
     return found
+
+
+def _find_places(cfg: Config, machines: Machines | None, found: DryRun) -> None:
+    """Where every process of the run would go."""
+    if machines is None and cfg.cluster.address:
+        found.note(
+            f"where the processes go on {cfg.cluster.address} is not asked here: plan it with --nodes and --gpus."
+        )
+        return
+    try:
+        found.places = plan(cfg, machines.nodes() if machines else [node_here(cfg)]).table()
+    except ConfigError as error:
+        found.fail(str(error), is_setting=True)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ def test_a_task_of_ones_own_passes_and_leaves_nothing_behind(room: Path, capsys:
     weights = sum(each.numel() for each in Qwen3ForCausalLM.from_pretrained(room / "model").parameters())
     assert learner["bytes"]["weights"] == 4 * weights  # of the real model, not of its stand-in
     assert engine["process"] == "engine" and engine["number"] == 2
+    assert found["places"] == []  # of a cluster that was not asked
     assert found["tokens_per_step"]["trajectories"] == 2 * 64
 
 
@@ -107,4 +108,4 @@ def test_a_setting_that_does_nothing_is_refused(room: Path, capsys: pytest.Captu
     assert status == 2, output.err
     assert "rollout.num_trees=4 changes nothing" in output.err
     assert output.err.count("error:") == 1  # it alone
-    assert "memory of a process" in output.out
+    assert "rollout worker 1" in output.out and "memory of a process" in output.out

@@ -17,11 +17,13 @@ from conf.keys import group_choices
 from conf.schema import Config, EngineKind, Level, ToolFormat
 from rl.dry_run.check import last_words, longest_turn
 from rl.dry_run.found import DryRun
+from rl.dry_run.machines import Machines
 from rl.dry_run.memory import Part
 from rl.dry_run.plan import as_json, memory_lines, shown_bytes, tokens_of_step
 from rl.dry_run.scores import step_score
 from rl.dry_run.settings import reduced, replaced_settings, unexercised
 from rl.dry_run.stand_in import Shown, call_text, made_up_arguments, small_config, teach, write_stand_in
+from rl.placement import plan
 from rollout.tools import load_tools
 from rollout.turns import parse_turn
 
@@ -143,6 +145,15 @@ def test_made_up_calls_are_read_and_answered(tool_format: ToolFormat, tmp_path: 
         (call,) = parse_turn(call_text(tools["look"], arguments, tool_format), tool_format, tools).calls
         assert call.arguments == arguments
     assert asyncio.run(tools["look"].call(arguments, {}, 10.0)).text == "Where is it? 2"
+
+
+def test_the_run_is_planned_for_the_machines_that_are_named():
+    cfg = compose(["experiment=hop_search", "learner.num_processes=2", "rollout.num_workers=6"])
+    rows = plan(cfg, Machines(num=2, gpus=4, cores=8).nodes()).table().splitlines()
+    assert [row for row in rows if row.startswith("learner")] and all(
+        "machine 1 (here)" in row for row in rows if row.startswith("learner")
+    )
+    assert sum("machine 2" in row for row in rows if row.startswith("rollout worker")) >= 3  # 2 of 4 GPUs are left on 1
 
 
 def test_tokens_of_a_step_are_those_of_its_longest_trajectories():
