@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
 
+from conf import schema
 from conf.keys import ENTRY, entry_kind, field_kinds, is_record
 from conf.schema import Config
 
@@ -83,6 +84,28 @@ def plain(value: Record) -> Record:
     if isinstance(value, dict):
         return cast(Record, {name: plain(item) for name, item in value.items()})
     return value
+
+
+def note_records(folder: Path) -> None:
+    """Note the first use of each field of each record in this process too, as "Record:field", whoever made the record.
+
+    For a session of tests, most of which make their records themselves.
+    """
+    for record in vars(schema).values():
+        if isinstance(record, type) and is_record(record):
+            for name, kind in field_kinds(record).items():
+                if not is_record(kind) and not is_record(entry_kind(kind)):
+                    noted = _Noted(vars(record)[name], str(folder), f"{record.__name__}:{name}", name, record)
+                    setattr(record, name, noted)
+
+
+def record_field(pattern: str) -> str:
+    """A key of `conf.keys.all_keys` as `note_records` notes it."""
+    *path, name = pattern.split(".")
+    kind: Any = Config
+    for part in path:
+        kind = field_kinds(kind)[part] if is_record(kind) else entry_kind(kind)
+    return f"{kind.__name__}:{name}"
 
 
 def read_keys(folder: Path) -> set[str]:
@@ -188,17 +211,24 @@ def _watched_class(record: type, folder: str, key: str) -> type:
 class _Noted:
     """One setting that no part of a run has read in this process."""
 
-    def __init__(self, slot: Any, folder: str, key: str, name: str) -> None:
-        self._slot, self._folder, self._key, self._name = slot, folder, key, name
+    def __init__(self, slot: Any, folder: str, key: str, name: str, record: type | None = None) -> None:
+        """Of the class it is put on; `record` where that is one of conf/schema.py, which gets its slot back."""
+        self._slot, self._folder, self._key, self._name, self._record = slot, folder, key, name, record
 
     def __get__(self, record: Any, owner: type) -> Any:
         if record is None:
             return self
         if _is_use(sys._getframe(1)):
-            with suppress(AttributeError):  # another thread was first
-                delattr(owner, self._name)
+            self._take_away(owner)
             _note(self._folder, self._key)
         return self._slot.__get__(record, owner)
+
+    def _take_away(self, owner: type) -> None:
+        if self._record is not None:
+            setattr(self._record, self._name, self._slot)
+            return
+        with suppress(AttributeError):  # another thread was first
+            delattr(owner, self._name)
 
     def __set__(self, record: Any, value: Any) -> None:
         self._slot.__set__(record, value)

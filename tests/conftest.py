@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from key_reads import is_whole_suite, missing_keys  # noqa: E402
 
-from conf.reads import FOLDER_VARIABLE  # noqa: E402
+from conf.reads import FOLDER_VARIABLE, note_records  # noqa: E402
 
 READS, MISSING = pytest.StashKey[Path](), pytest.StashKey[list[str]]()
 
@@ -69,10 +69,11 @@ def shared_data() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let a run of the whole suite note which settings are read; its processes inherit the folder."""
-    if hasattr(config, "workerinput") or os.environ.get(FOLDER_VARIABLE) or not is_whole_suite(config.option):
-        return
-    os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="grove-key-reads-")
-    config.stash[READS] = Path(os.environ[FOLDER_VARIABLE])
+    if FOLDER_VARIABLE not in os.environ and is_whole_suite(config.option):
+        os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="grove-key-reads-")
+        config.stash[READS] = Path(os.environ[FOLDER_VARIABLE])
+    if FOLDER_VARIABLE in os.environ:
+        note_records(Path(os.environ[FOLDER_VARIABLE]))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -16,10 +16,10 @@ from conf import reads
 from conf.checks import problems
 from conf.compose import compose, to_yaml
 from conf.keys import all_keys
-from conf.reads import changed, excused, pattern_of, plain, read_keys, unread, watched
+from conf.reads import changed, excused, pattern_of, plain, read_keys, record_field, unread, watched
 from conf.schema import Config, RewardModelConfig, RolloutConfig, SourceConfig
 from rl.jobs.template import filled
-from rl.launch import gpu_share
+from rl.placement import Node, plan
 from rl.run_folder import settings
 from rollout.expand import build_expander
 
@@ -32,8 +32,13 @@ def cfg() -> Config:
     return plain(compose(["experiment=hop_search", MINE]))
 
 
+def places(cfg: Config) -> object:
+    """A part of every run, which reads learner.num_processes and no learning rate."""
+    return plan(cfg, [Node("here", "127.0.0.1", 64)])
+
+
 def test_a_setting_that_a_part_of_the_run_reads_is_noted_by_its_key(cfg: Config, tmp_path: Path):
-    gpu_share(watched(cfg, tmp_path), num_gpus=0)
+    places(watched(cfg, tmp_path))
     assert "learner.num_processes" in read_keys(tmp_path)
     assert "learner.learning_rate" not in read_keys(tmp_path)
 
@@ -77,10 +82,10 @@ def test_a_watched_configuration_equals_the_plain_one_and_stays_watched_through_
 def test_after_its_first_use_a_setting_costs_what_it_always_did(cfg: Config, tmp_path: Path):
     its = watched(cfg, tmp_path)
     assert "num_processes" in vars(type(its.learner))  # the note that is still to be taken
-    gpu_share(its, num_gpus=0)
+    places(its)
     assert "num_processes" not in vars(type(its.learner))  # the record's own slot answers from now on
     lines = (tmp_path / reads.NOTES).read_text().splitlines()
-    gpu_share(its, num_gpus=0)
+    places(its)
     assert (tmp_path / reads.NOTES).read_text().splitlines() == lines
 
 
@@ -104,13 +109,30 @@ def test_what_a_template_asks_for_is_a_use(cfg: Config, tmp_path: Path):
     assert read_keys(tmp_path) == {"launch.slurm.nodes"}
 
 
+def test_records_that_a_test_makes_itself_can_be_noted_by_their_type(tmp_path: Path):
+    code = f"""
+from pathlib import Path
+from conf import reads
+from conf.schema import RolloutConfig
+from rollout.expand import build_expander
+reads.note_records(Path({str(tmp_path)!r}))
+made = RolloutConfig(num_leaves=3)
+assert made == RolloutConfig(num_leaves=3) and made.num_leaves == 3
+build_expander(made, 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert {"RolloutConfig:num_leaves", "RolloutConfig:max_forks"} <= read_keys(tmp_path)
+    assert "RolloutConfig:num_trees" not in read_keys(tmp_path)
+    assert record_field("rewards.sources.<name>.parts.<name>.weight") == "PartConfig:weight"
+
+
 def test_a_folder_that_is_gone_disturbs_nobody(cfg: Config, tmp_path: Path):
-    assert gpu_share(watched(cfg, tmp_path / "gone"), num_gpus=0).learner == 0
+    assert places(watched(cfg, tmp_path / "gone"))
 
 
 def test_the_environment_can_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(reads.FOLDER_VARIABLE, str(tmp_path))
-    gpu_share(compose(["experiment=hop_search"]), num_gpus=0)
+    places(compose(["experiment=hop_search"]))
     assert "learner.num_processes" in read_keys(tmp_path)
 
 
