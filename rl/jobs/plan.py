@@ -19,6 +19,8 @@ OF_ITS_OWN = ("run", "launch", "cluster", "tracker")
 """Groups that may differ from one launch of a run to the next: how long, where and how it is watched."""
 NAMED_BY_THE_USER = ("rewards.sources.", "rewards.models.", "credit.terms.")
 """Where an entry that is new or gone is another run; elsewhere it is another version of Grove."""
+CACHE = ".cache_dir"
+"""What settings of folders of things made once end in."""
 JOB_NAME_CHARS = 47
 """Of a RayJob, so that the names of its pods still fit Kubernetes."""
 
@@ -69,6 +71,8 @@ def plan_launch(
     here = folder / own
     there = str(here if own.is_absolute() or not launch.run_root else PurePosixPath(launch.run_root) / own)
     words = ["train", *(text for text in overrides if not _is_of_launch(text)), f"run.dir={quoted(there)}"]
+    if launch.kind in (LaunchKind.ray, LaunchKind.kuberay):
+        words += _caches_there(cfg, launch.run_root or str(folder))
     if joins_a_cluster(cfg):
         words.append("cluster=existing")
     if config_dir:
@@ -118,7 +122,7 @@ def changed_settings(cfg: Config, stored: Mapping[str, Any]) -> list[str]:
     lines = []
     for key in sorted(now.keys() | before.keys()):
         same = now.get(key) == before.get(key) or key.partition(".")[0] in OF_ITS_OWN
-        if same or not ((key in now and key in before) or key.startswith(NAMED_BY_THE_USER)):
+        if same or key.endswith(CACHE) or not ((key in now and key in before) or key.startswith(NAMED_BY_THE_USER)):
             continue
         lines.append(f"{key}={now.get(key, '(none)')}, and it was {before.get(key, '(none)')}")
     return lines
@@ -132,6 +136,16 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
             for inner, value in _flat(item, f"{key}.{name}" if key else str(name)).items()
         }
     return {key: values}
+
+
+def _caches_there(cfg: Config, root: str) -> list[str]:
+    """Settings that put caches beside the runs: a job's own folder is another on each node, and gone after it."""
+    caches = {key: value for key, value in _flat(settings(cfg)).items() if key.endswith(CACHE)}
+    return [
+        f"{key}={quoted(str(PurePosixPath(root) / value))}"
+        for key, value in caches.items()
+        if value and not PurePosixPath(value).is_absolute()
+    ]
 
 
 def _is_of_launch(text: str) -> bool:

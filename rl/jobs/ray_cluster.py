@@ -9,7 +9,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ STATES = {
     JobStatus.FAILED: State.failed,
     JobStatus.STOPPED: State.stopped,
 }
+ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+"""Ray's client prefers these to the address that it is given."""
 TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 """Loggers of Ray's client that each set a level of their own."""
 POLL_S = 0.5
@@ -124,13 +126,24 @@ def _client(address: str, limit_s: float) -> _Client:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return _Client(address, limit_s)
+        with _without(ADDRESS_VARIABLES):
+            return _Client(address, limit_s)
     except Exception as error:  # of the connection, of the token, or set off by what another server answers
         raise LaunchError(
             f"no job server of Ray answers at launch.ray.address={address} ({str(error).splitlines()[0]}): the run can "
             f"be neither started nor watched. Is the cluster up, with its dashboard, and is RAY_AUTH_TOKEN its own? "
             f"From elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD."
         ) from error
+
+
+@contextlib.contextmanager
+def _without(variables: Sequence[str]) -> Iterator[None]:
+    """Environment variables taken out for a while."""
+    values = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(values)
 
 
 @contextlib.contextmanager

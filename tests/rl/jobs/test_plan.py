@@ -33,7 +33,9 @@ def test_a_run_of_this_machine_is_trained_in_its_own_folder_without_the_words_of
 
 def test_a_run_of_a_cluster_joins_the_ray_that_is_up_and_writes_below_the_clusters_own_root():
     made = plan("ray", "launch.run_root=/mnt/shared")
-    assert made.words[-2:] == ("run.dir=/mnt/shared/runs/hop_search-seed0", "cluster=existing")
+    assert "run.dir=/mnt/shared/runs/hop_search-seed0" in made.words
+    assert "model.warm_start.cache_dir=/mnt/shared/runs/warm_start" in made.words  # every node finds the model there
+    assert made.words[-1] == "cluster=existing"
     assert made.here == HERE / "runs/hop_search-seed0"
 
 
