@@ -1207,7 +1207,7 @@ class RayJobsConfig:
     excludes: list[str] = field(
         default_factory=lambda: [
             *(".*", "runs", "wandb", "outputs", "models", "node_modules", "__pycache__", "*.egg-info"),
-            *("*.pyc", "*.safetensors", "*.pt", "*.pem", "*.key"),
+            *("*.pyc", "*.log", "*.safetensors", "*.pt", "*.pem", "*.key"),
         ]
     )
     """Names of files and folders that are not uploaded, with * and ?; hidden ones may hold keys."""

@@ -57,7 +57,9 @@ def shape(line: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_the_pages_commands_print_what_the_page_says(tmp_path: Path, short_room: Path):
-    script = "set -eu\n" + "".join(f"{commands}\necho '{DONE}'\n" for commands, _ in steps())
+    script = "set -eu\n" + "".join(
+        f"{commands}\necho '{DONE}'\necho $SECONDS >> ../seconds\n" for commands, _ in steps()
+    )
     for known, own in (("6390", free_port()), ("8265", free_port()), ("/tmp/grove_", f"{short_room}/")):
         script = script.replace(known, str(own))
     launching = re.compile(r"^(grove launch ray.*?)( \\)?$", re.MULTILINE)
@@ -66,11 +68,11 @@ def test_the_pages_commands_print_what_the_page_says(tmp_path: Path, short_room:
     script = launching.sub(rf"\1 launch.ray.address=http://127.0.0.1:{port[1]}\2", script)
     work = tmp_path / "work"
     work.mkdir()
-    (work / "walk.sh").write_text(script)
+    (tmp_path / "walk.sh").write_text(script)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with (tmp_path / "errors").open("w") as errors:
         shell = subprocess.Popen(
-            ["bash", "walk.sh"],
+            ["bash", "../walk.sh"],
             cwd=work,
             env=environment,
             stdout=subprocess.PIPE,

@@ -31,7 +31,11 @@ STATES = {
 }
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray's client prefers these to the address that it is given."""
-TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 """Loggers of Ray's client that each set a level of their own."""
 POLL_S = 0.5
 GRACE_S = 15.0

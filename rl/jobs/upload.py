@@ -30,7 +30,8 @@ class Upload:
 
     def lines(self) -> list[str]:
         """What is told of it."""
-        told = [f"uploads {len(self.files)} files, {self.num_bytes / MIB:.1f} MiB, of {self.folder}"]
+        num = len(self.files)
+        told = [f"uploads {num} file{'s' * (num != 1)}, {self.num_bytes / MIB:.1f} MiB, of {self.folder}"]
         if self.too_large:
             names = ", ".join(f"{path} ({size / MIB:.0f} MiB)" for path, size in self.too_large[:NUM_SHOWN])
             more = f" and {len(self.too_large) - NUM_SHOWN} more" if len(self.too_large) > NUM_SHOWN else ""
