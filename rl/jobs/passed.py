@@ -15,6 +15,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from conf.errors import LaunchError
+
 NAME_VARIABLE = "GROVE_PASSED"
 """Environment variable that holds the name."""
 HOOK = "rl.jobs.passed.take_in_worker"
@@ -54,7 +56,7 @@ def forget_passed() -> None:
 def _take(head: Any, name: str) -> None:
     parcel = head.internal_kv_get(_key(name), None)
     if parcel is None:
-        raise RuntimeError(
+        raise LaunchError(
             f"the environment variables that this job was launched with are no longer in the memory of the cluster's "
             f"head ({NAME_VARIABLE} names {name[:14]}...): it was restarted, or the job was. Launch the run again."
         )

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from conf.errors import GroveError
 from rl.jobs.passed import forget_passed, take_passed
 from rl.jobs.record import Ending, clear_ending, write_ending
 from rl.jobs.versions import differences, from_text, pinned_versions, refusal
@@ -38,11 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         take_passed()
         code = _run([*arguments.words, *_resume(folder)])
+    except GroveError as error:
+        print(f"error: {error}", file=sys.stderr)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     finally:
-        forget_passed()
         _write_down(folder, code)
+        forget_passed()
     return code
 
 
