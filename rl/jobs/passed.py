@@ -64,7 +64,7 @@ def _take(head: Any, name: str) -> None:
 
 
 def _head() -> Any:
-    from ray.experimental.internal_kv import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 
     return GcsClient(address=os.environ["RAY_ADDRESS"])
 
