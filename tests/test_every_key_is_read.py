@@ -1,7 +1,7 @@
 """No setting without a reader: each is named by the code of a run, and the whole suite together reads every one.
 
 The second half is kept by `tests/conftest.py`: when all tests are run, they note what is read (`conf.reads`), in every
-process, and the session fails at its end where a key is missing.
+process, and the session tells at its end which keys are missing; with GROVE_REQUIRE_KEYS=1 it then fails.
 """
 
 from __future__ import annotations
