@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,6 +42,21 @@ def handed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
 
     with _handled(INTERRUPTS, hand_on):
         yield came
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Our handlers are in place again after the block, where a library takes signals for itself, as Ray does at its
+    start: a preemption while engines load would abort the process, and nobody would know that it was stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: handler for each in INTERRUPTS if callable(handler := signal.getsignal(each))}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from rewards.models.actor import ActorModel, start_model
 from rewards.sandbox import MAX_PLAIN_TRIES
 from rewards.service import check_failure_budget
 from rewards.types import ScoredTree
+from rl.interrupts import handlers_kept
 from rl.jobs import passed
 from rl.jobs.nodes import require_equal_nodes
 from rl.placement import Role, node_here, plan
@@ -212,21 +213,24 @@ def _losses_told() -> Iterator[None]:
 def _ray(cfg: Config, model_path: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless the user asks for it
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": False}
-    if cfg.cluster.address:
-        is_passed = passed.NAME_VARIABLE in os.environ
-        runtime_env = {"worker_process_setup_hook": passed.HOOK} if is_passed else None
-        ray.init(address=cfg.cluster.address, runtime_env=runtime_env, **options)
-        require_equal_nodes()
-    else:
-        ray.init(
-            address="local",  # without it Ray would join whatever it finds running here
-            num_cpus=cfg.cluster.num_cpus or None,
-            include_dashboard=False,
-            object_store_memory=cfg.cluster.object_store_mib * 2**20 + 2 * weights_bytes(model_path, cfg.model.dtype),
-            _node_ip_address="127.0.0.1",
-            **options,
-        )
+    with handlers_kept():
+        if cfg.cluster.address:
+            is_passed = passed.NAME_VARIABLE in os.environ
+            runtime_env = {"worker_process_setup_hook": passed.HOOK} if is_passed else None
+            ray.init(address=cfg.cluster.address, runtime_env=runtime_env, **options)
+        else:
+            ray.init(
+                address="local",  # without it Ray would join whatever it finds running here
+                num_cpus=cfg.cluster.num_cpus or None,
+                include_dashboard=False,
+                object_store_memory=cfg.cluster.object_store_mib * 2**20
+                + 2 * weights_bytes(model_path, cfg.model.dtype),
+                _node_ip_address="127.0.0.1",
+                **options,
+            )
     try:
+        if cfg.cluster.address:
+            require_equal_nodes()
         yield
     finally:
         ray.shutdown()

@@ -18,6 +18,8 @@ from conf.errors import ConfigError, DataError
 
 LAUNCH = "launch.json"
 ENDING = "launch_ending.json"
+STOPPED = (129, 130, 143)
+"""Exit codes of what a hangup, Ctrl-C or SIGTERM ended; the last also of a run that was still being loaded."""
 
 
 class State(Enum):
@@ -79,7 +81,9 @@ class Ending:
     @property
     def state(self) -> State:
         """What the exit code says."""
-        return {0: State.finished, 130: State.stopped}.get(self.exit_code, State.failed)
+        if self.exit_code in STOPPED:
+            return State.stopped
+        return State.finished if self.exit_code == 0 else State.failed
 
 
 def write_launch(folder: Path, launch: Launch) -> None:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from rl.interrupts import end_as_interrupt, uninterrupted
+from rl.interrupts import end_as_interrupt, handlers_kept, uninterrupted
 
 
 def tell_myself(number: int) -> None:
@@ -47,3 +47,11 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
             tell_myself(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_library_that_takes_signals_for_itself_gives_them_back():
+    with end_as_interrupt():
+        with handlers_kept():
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            tell_myself(signal.SIGTERM)

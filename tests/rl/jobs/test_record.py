@@ -46,7 +46,8 @@ def test_a_damaged_record_is_an_error_of_the_users(tmp_path: Path, text: str):
 
 
 @pytest.mark.parametrize(
-    ("code", "state"), [(0, State.finished), (130, State.stopped), (2, State.failed), (-9, State.failed)]
+    ("code", "state"),
+    [(0, State.finished), (130, State.stopped), (143, State.stopped), (2, State.failed), (-9, State.failed)],
 )
 def test_an_exit_code_says_how_it_ended(tmp_path: Path, code: int, state: State):
     write_ending(tmp_path, Ending(exit_code=code, at=1.0, pid=5))
