@@ -84,7 +84,9 @@ def supervise(
             code = child.wait()
         why = None if stopped else why_lost(code)
         if why is None:
-            return 1 if code == FAILED else code if code >= 0 else 128 - code
+            # of one that was stopped, the signal that it was sent: Ray, while it starts, makes an abort of SIGTERM
+            ended_by = stopped[0] if stopped else -code
+            return 1 if code == FAILED else code if code >= 0 else 128 + ended_by
         if number == max_restarts:
             tell(
                 f"the run {why}; run.max_restarts={max_restarts} is used up. See {run_dir / 'logs'}; go on by hand with"

@@ -70,6 +70,18 @@ def test_a_process_that_a_stop_ended_was_not_lost(number: signal.Signals):
     assert why_lost(-number) is None
 
 
+def test_one_that_a_stop_made_abort_ended_by_the_stop(tmp_path: Path):
+    class Aborts(Script):
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait()
+
+        def send_signal(self, sig: int) -> None:
+            assert sig == signal.SIGTERM
+
+    assert supervised(tmp_path, Aborts(-signal.SIGABRT)) == (128 + signal.SIGTERM, [])
+
+
 CHILD = """
 import signal, sys, time
 def end(number, frame):
