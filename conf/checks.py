@@ -84,6 +84,7 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = (
     "run.eval_top_p",
+    "run.checkpoint_timeout_s",
     "rollout.temperature",
     "rollout.turn_timeout_s",
     "rollout.tree_timeout_s",
@@ -116,6 +117,7 @@ NOT_NEGATIVE = (
     "run.eval_prompts",
     "run.eval_temperature",
     "run.checkpoint_every_steps",
+    "run.keep_best",
     "run.record_every_steps",
     "run.max_restarts",
     "rollout.expand_rounds",

@@ -502,6 +502,12 @@ class RunConfig:
     """Checkpoint each so many steps, and always at the end; 0 for only the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk."""
+    keep_best: int = 1
+    """Checkpoints kept beside them, those with the highest held-out success at their own step; 0 for none."""
+    checkpoint_in_background: bool = True
+    """Train on while a checkpoint's files are written; false stands still until they are on the disk."""
+    checkpoint_timeout_s: float = 1800.0
+    """Longest wait for a checkpoint to be copied, and again for its files to be written."""
     record_every_steps: int = 1
     """Write the scored trees of each so many steps to trees/; 0 to write none."""
     profile_steps: list[int] = field(default_factory=list)

@@ -9,29 +9,34 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from conf.errors import WaitTimeout
+from rollout.tree import Tree
 from rollout.types import Prompt
 from rollout.waiting import SAY_AFTER_S, waiting
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Grown:
-    """A batch whose trees have all been handed to the reward service."""
+    """A batch whose trees have been, or are being, handed to the reward service."""
 
-    prompts: list[Prompt]
-    calls: dict[int, Any]
+    step: int
+    """That it is trained at."""
+    prompts: list[Prompt] = field(default_factory=list)
+    trees: dict[int, Tree] = field(default_factory=dict)
+    """Those that have grown, by index of the prompt."""
+    calls: dict[int, Any] = field(default_factory=dict)
     """Calls that score, by index of the prompt."""
-    seconds: float
+    seconds: float = 0.0
     """Of growing it."""
 
 
-Grow = Callable[[int], Grown]
-"""Grows the batch of a step, from its prompts to the last tree."""
+Grow = Callable[[Grown], None]
+"""Grows a batch, from its prompts to the last tree."""
 
 
 class Ahead:
@@ -45,6 +50,8 @@ class Ahead:
     def __init__(self, grow: Grow, first_step: int, depth: int) -> None:
         assert depth > 0, "nothing grows ahead of itself"
         self._grow = grow
+        self._batches: dict[int, Grown] = {}
+        """Begun and not yet trained, by step."""
         self._done: queue.SimpleQueue[Grown | BaseException] = queue.SimpleQueue()
         self._allowed = threading.Semaphore(depth + 1)
         self._growing = threading.Lock()
@@ -73,8 +80,13 @@ class Ahead:
             return found
 
     def advance(self) -> None:
-        """A step has been updated: one more batch may grow."""
+        """The oldest batch has been trained: one more may grow."""
+        self._batches.pop(min(self._batches))
         self._allowed.release()
+
+    def in_flight(self) -> list[Grown]:
+        """Batches that have begun to grow and are not trained yet, the oldest first; one of them may still grow."""
+        return list(self._batches.values())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -94,6 +106,8 @@ class Ahead:
                 if self._closed.is_set():
                     return
                 with self._growing:
-                    self._done.put(self._grow(step))
+                    batch = self._batches[step] = Grown(step=step)
+                    self._grow(batch)
+                    self._done.put(batch)
         except BaseException as error:  # told where the batch is asked for
             self._done.put(error)

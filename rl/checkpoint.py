@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of what a checkpoint holds and where; another one is refused, not guessed at."""
 STEP_FOLDER = re.compile(r"step_(\d{6,})(\.replaced)?")
 UNFINISHED = ".unfinished_"
 """Prefix of folders still being written; whatever bears it was left by a killed run."""
@@ -35,16 +37,27 @@ class Checkpoint:
     step: int
 
 
-def save(root: Path, step: int, write: Callable[[Path], None], state: Mapping[str, Any], keep: int) -> Checkpoint:
+def save(
+    root: Path,
+    step: int,
+    write: Callable[[Path], None],
+    state: Mapping[str, Any],
+    keep: int,
+    *,
+    keep_best: int = 0,
+    success: float | None = None,
+) -> Checkpoint:
     """Write a checkpoint so that a kill at any moment leaves either all of it or none, then remove old ones.
 
     Args:
         root: folder of all checkpoints of the run.
         step: optimiser step it belongs to; one of the same step is replaced.
-        write: puts the tensors and whatever else it likes into the folder it is given (safetensors, or torch.save
-            for `torch.load(weights_only=True)`; never pickle).
+        write: puts the tensors and whatever else it likes into the folder it is given (safetensors and text; never
+            pickle).
         state: everything else, as JSON values.
         keep: newest checkpoints to keep, this one included.
+        keep_best: beside those, checkpoints to keep that had the highest held-out success.
+        success: held-out success of this step, a share; None where it was not measured.
     Returns: the new checkpoint, read back and verified.
     Raises: CheckpointError when the disk refuses; earlier checkpoints are then untouched and nothing half-made stays.
     """
@@ -55,7 +68,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], state: Mapping[st
         unfinished.mkdir(parents=True)
         write(unfinished)
         (unfinished / STATE).write_text(json.dumps(state), encoding="utf-8")
-        _seal(unfinished, step)
+        _seal(unfinished, step, success)
         checkpoint = _put_in_place(unfinished, root, step)
     except Exception as error:
         written_bytes = _size_bytes(unfinished)
@@ -66,7 +79,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], state: Mapping[st
     finally:
         _remove_unfinished(root)
     _require_intact(checkpoint)
-    _remove_old(root, checkpoint, keep)
+    _remove_old(root, checkpoint, keep, keep_best)
     return checkpoint
 
 
@@ -80,6 +93,24 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
+def best(root: Path) -> Checkpoint | None:
+    """The intact checkpoint with the highest held-out success, the newest of equals; None where none was measured."""
+    for checkpoint in _by_success(checkpoints(root)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("checkpoint %s is damaged (%s) and is skipped; the next best is used", checkpoint.path, problem)
+    return None
+
+
+def success_of(checkpoint: Checkpoint) -> float | None:
+    """Held-out success at its step, a share; None where it was not measured, or the checkpoint is damaged."""
+    try:
+        return _manifest(checkpoint)["success"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def checkpoints(root: Path) -> list[Checkpoint]:
     """Every checkpoint folder under `root`, oldest step first, not yet verified."""
     folders = [(STEP_FOLDER.fullmatch(path.name), path) for path in root.iterdir()] if root.exists() else []
@@ -90,8 +121,9 @@ def checkpoints(root: Path) -> list[Checkpoint]:
 def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The state that `save` was given.
 
-    Raises: CheckpointError when the file is gone or is not the one that was written.
+    Raises: CheckpointError when the file is gone, is not the one that was written, or is of another format.
     """
+    _require_format(checkpoint)
     try:
         text = (checkpoint.path / STATE).read_bytes()
         expected = _manifest(checkpoint)["files"][STATE]["sha256"]
@@ -120,14 +152,15 @@ def damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _seal(folder: Path, step: int) -> None:
+def _seal(folder: Path, step: int, success: float | None) -> None:
     """Write the manifest of a folder and force all of it to the disk, so that the rename cannot overtake the data."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "size_bytes": path.stat().st_size}
         for path in paths
     }
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    manifest = {"format": FORMAT, "step": step, "success": success, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     folders = [path for path in folder.rglob("*") if path.is_dir()]
     for path in (*paths, folder / MANIFEST, *folders, folder):
         _fsync(path)
@@ -153,13 +186,32 @@ def _require_intact(checkpoint: Checkpoint) -> None:
         )
 
 
-def _remove_old(root: Path, new: Checkpoint, keep: int) -> None:
-    """Keep `new` and the `keep` - 1 before it. Later steps are of a future that this run left behind by resuming."""
+def _remove_old(root: Path, new: Checkpoint, keep: int, keep_best: int) -> None:
+    """Keep `new`, the `keep` - 1 before it and the best. Later steps are of a future that resuming left behind."""
     earlier = [checkpoint for checkpoint in checkpoints(root) if checkpoint.step < new.step]
-    kept = {new, *earlier[max(len(earlier) - keep + 1, 0) :]}
+    kept = {new, *earlier[max(len(earlier) - keep + 1, 0) :], *_by_success([*earlier, new])[:keep_best]}
     for checkpoint in checkpoints(root):
         if checkpoint not in kept:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
+
+
+def _by_success(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those whose success was measured, the best first and the newest of equals before the others."""
+    measured = [(success, each.step, each) for each in found if (success := success_of(each)) is not None]
+    return [each for _, _, each in sorted(measured, key=lambda row: row[:2], reverse=True)]
+
+
+def _require_format(checkpoint: Checkpoint) -> None:
+    try:
+        found = _manifest(checkpoint).get("format", 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(checkpoint, f"{type(error).__name__}: {error}") from error
+    if found != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} is of format {found} and this version of Grove reads format {FORMAT}: what "
+            f"it holds of the optimiser would be guessed at. Resume with the version that wrote it, or start a new run "
+            f"from its weights with model.path={checkpoint.path / 'model'}."
+        )
 
 
 def _remove_unfinished(root: Path) -> None:

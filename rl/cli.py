@@ -17,6 +17,7 @@ from rl.commands import (
     completion,
     config,
     evaluate,
+    export,
     jobs,
     launch,
     logs,
@@ -43,6 +44,7 @@ COMMANDS = (
     report,
     compare,
     replay,
+    export,
     check_reward,
     new,
     config,
@@ -70,6 +72,7 @@ examples:
   grove train -m experiment=hop_search seed=1,2,3        a sweep: one run for each seed
   grove compare runs/sweeps/hop_search-seed              is one better, or is it luck?
   grove replay runs/hop_search-seed0 credit=grpo         what other credit would have made of the run's trees
+  grove export runs/hop_search-seed0 searcher --best     its best model as a folder for the Hugging Face hub
   grove new reward brevity                               a file to start a reward from, and its test
   grove new reward neater --level pair --model           one that lets a model compare two steps
   grove check-reward brevity.py:brevity                  is it fit for a run? tried on recorded trees

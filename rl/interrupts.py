@@ -1,4 +1,4 @@
-"""Ctrl-C, a scheduler's SIGTERM and a lost terminal's SIGHUP, at moments when there is a state to save."""
+"""Ctrl-C, a scheduler's SIGTERM or SIGUSR1 and a lost terminal's SIGHUP, at moments when there is a state to save."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PREEMPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm sends some time before the end where it is asked to (--signal=B:USR1@120)."""
+INTERRUPTS = (signal.SIGINT, *PREEMPTIONS)
 
 
 @contextlib.contextmanager
@@ -22,12 +24,12 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def end_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, so that a preempted run leaves the checkpoint that Ctrl-C leaves."""
+    """What preempts raises KeyboardInterrupt, so that such a run leaves the checkpoint that Ctrl-C leaves."""
 
     def interrupt(number: int) -> None:
         raise KeyboardInterrupt
 
-    with _handled((signal.SIGTERM, signal.SIGHUP), interrupt):
+    with _handled(PREEMPTIONS, interrupt):
         yield
 
 

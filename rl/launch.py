@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from safetensors import safe_open
 
 from conf.check_machine import DTYPE_BYTES
-from conf.errors import WaitTimeout, WorkerLost
+from conf.errors import GroveError, WaitTimeout, WorkerLost
 from conf.schema import Config
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
@@ -74,6 +74,23 @@ class Scoring:
             asked = (self._pool.actors(), self._cfg.rollout) if self._asks_workers else ()
             calls[index] = self._actor.score.remote(tree, sources, *asked)
         return calls
+
+    @staticmethod
+    def answered(scored: ScoredTree) -> Any:
+        """A call that has its answer already, for a tree that was scored in an earlier life of the run."""
+        return ray.put(scored)
+
+    @staticmethod
+    def answers_so_far(calls: dict[int, Any]) -> dict[int, ScoredTree]:
+        """Those of the scored trees that are there, by index of the prompt; waits for nothing."""
+        refs = list(calls.values())
+        ready = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else [])
+        found = {}
+        for index, ref in calls.items():
+            if ref in ready:
+                with contextlib.suppress(GroveError, RayError):  # told where the batch is trained
+                    found[index] = value_of(ref)
+        return found
 
     def collect(self, calls: dict[int, Any]) -> list[ScoredTree]:
         """The scored trees, in the order of their prompts.

@@ -41,4 +41,5 @@ def train_run(run: Run) -> dict[str, Any]:
             run.update(scored, found)
             run.finish_step(scored, found)
         run.evaluate_if_due()
+        run.checkpoint_if_due()
     return run.finish()

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.errors import CheckpointError, ConfigError
+from conf.errors import CheckpointError
 from conf.schema import Config, PrmOrder
 from rewards.base import build_sources
 from rewards.types import ScoredTree
-from rl import checkpoint
 from rl.ahead import Ahead, Grown
 from rl.batch_metrics import reward_metrics, rollout_metrics, staleness_metrics
 from rl.credit.measured import Measured, measurements_needed
@@ -24,6 +23,7 @@ from rl.credited import Credited, credited
 from rl.evaluate import evaluate, evaluation_metrics, evaluation_under
 from rl.health import health_metrics
 from rl.idle import IdleMeter, Span, write_stage_trace
+from rl.in_flight import Kept
 from rl.interrupts import end_as_interrupt, uninterrupted
 from rl.launch import Parts, launched, write_ray_timeline
 from rl.metrics import MetricsLog
@@ -36,6 +36,7 @@ from rl.prm import outcomes_of, prm_source, with_prm_scores
 from rl.progress import Progress
 from rl.record import write_records
 from rl.run_folder import RunFolder, installed_versions, open_run_folder, route_logs, settings
+from rl.saving import Saver
 from rl.shares import Shares, recorded_trees, shares_of
 from rl.tracker import Tracker
 from rl.view import write_report
@@ -48,7 +49,6 @@ from rollout.waiting import waited_seconds
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_LIMIT_S = 600.0
 BATCH_LIMIT_S = 24 * 3600.0
 """Of a batch that grows ahead; its trees have limits of their own, which come first."""
 
@@ -132,28 +132,23 @@ class Run:
         self._grown: Grown | None = None
         """The batch that grew ahead for this step."""
         self._drawn_ahead = 0
+        self._kept: dict[int, Kept] = {}
+        """Trees of batches that grew ahead before the run was resumed, by the step they are trained at."""
+        self._saver = Saver(cfg, folder, parts)
+        self._stood_still: dict[str, float] = {}
+        """Metrics of the checkpoint before this step."""
 
     def restore(self) -> None:
         """Continue from the newest intact checkpoint when run.resume asks for it."""
-        found = checkpoint.newest(self.folder.checkpoints) if self.cfg.run.resume else None
+        found = self._saver.restore() if self.cfg.run.resume else None
         if found is not None:
-            stored = checkpoint.load_state(found)
-            if stored["seed"] != self.cfg.seed:
-                raise ConfigError(
-                    f"seed={self.cfg.seed} differs from the seed={stored['seed']} that {found.path} was trained with: "
-                    f"the resumed run would draw other prompts than the one it continues. Use seed={stored['seed']}."
-                )
-            history = {name: Moments(**seen) for name, seen in stored["run"].get("history", {}).items()}
-            # A checkpoint from before batches were refilled lacks what was drawn: each step drew as many prompts.
-            drawn = stored["run"]["step"] * self.cfg.rollout.prompts_per_step
-            self.state = RunState(**{"drawn_prompts": drawn, **stored["run"], "history": history})
+            history = {name: Moments(**seen) for name, seen in found.run["history"].items()}
+            self.state = RunState(**{**found.run, "history": history})
             self._checkpointed_step = self.state.step
-            self._ask(self._learner.load(str(found.path)), "the learner to load its checkpoint")
-            if self._parts.prm is not None:
-                self._parts.prm.answer(self._parts.prm.load(found.path), "the process reward model to load")
+            self._kept = {batch.step: batch for batch in found.kept}
             assert self._parts.publisher is not None, "a training run publishes weights"
             self._parts.publisher.publish(self.state.step, [])
-            self._progress.note(f"resumed {found.path} at step {self.state.step}")
+            self._progress.note(f"resumed {found.checkpoint.path} at step {self.state.step}")
         self.folder.drop_records_after(self.state.step)
         self._log = MetricsLog(self.folder.metrics, resume_step=self.state.step)
         self._started = time.monotonic() - self.state.seconds
@@ -166,7 +161,8 @@ class Run:
     def next_prompts(self) -> list[Prompt]:
         """The first prompts of this step: a function of the seed and of what steps before it drew."""
         self._idle.start()
-        self._metrics, self._scored, self._spans, self._step_started = {}, [], [], time.monotonic()
+        self._metrics, self._stood_still = self._stood_still, {}
+        self._scored, self._spans, self._step_started = [], [], time.monotonic()
         self._drawn = self._refills = 0
         self._grow_seconds = 0.0
         if not self.cfg.rollout.max_staleness:
@@ -206,7 +202,7 @@ class Run:
             with self._stage("grow"):
                 started = time.monotonic()
                 calls = self._parts.scoring.submit(trees)
-            trees = Grown([], calls, time.monotonic() - started)
+            trees = Grown(step=self.state.step, calls=calls, seconds=time.monotonic() - started)
         with self._stage("score"):
             self._scored = self._scored + self._parts.scoring.collect(trees.calls)
         self._grow_seconds += trees.seconds
@@ -241,13 +237,21 @@ class Run:
         call = prm.update(*outcomes_of(scored), self.state.step)
         self._metrics |= prm.answer(call, "the process reward model to learn")
 
-    def _grow_ahead(self, step: int) -> Grown:
-        """The batch of a step, from its prompts to the last tree; called on the thread that grows ahead."""
-        prompts = self._source.draw(self._drawn_ahead, self.cfg.rollout.prompts_per_step)
-        self._drawn_ahead += len(prompts)
+    def _grow_ahead(self, batch: Grown) -> None:
+        """Grow a batch, from its prompts to the last tree; called on the thread that grows ahead."""
+        batch.prompts = self._source.draw(self._drawn_ahead, self.cfg.rollout.prompts_per_step)
+        self._drawn_ahead += len(batch.prompts)
         started = time.monotonic()
-        calls = self._parts.scoring.submit(self._parts.pool.grow(prompts, derive_seed(self.cfg.seed, "train", step)))
-        return Grown(prompts, calls, time.monotonic() - started)
+        scoring, seed = self._parts.scoring, derive_seed(self.cfg.seed, "train", batch.step)
+        if batch.step in self._kept:
+            kept = self._kept.pop(batch.step).fitting(batch.prompts, self.cfg.rollout.max_staleness)
+            batch.trees |= kept.trees | {index: each.tree for index, each in kept.scored.items()}
+            batch.calls |= {index: scoring.answered(each) for index, each in kept.scored.items()}
+            batch.calls |= scoring.submit(kept.trees.items())
+        for index, tree in self._parts.pool.grow(batch.prompts, seed, grown=set(batch.trees)):
+            batch.trees[index] = tree
+            batch.calls |= scoring.submit([(index, tree)])
+        batch.seconds = time.monotonic() - started
 
     def stop_growing(self) -> None:
         """Begin no further batch ahead."""
@@ -304,13 +308,11 @@ class Run:
             self._ahead.advance()
 
     def finish_step(self, scored: list[ScoredTree], found: Credited) -> None:
-        """Write the step's metrics and trees, and a checkpoint when one is due."""
+        """Write the step's metrics and trees."""
         assert self._log is not None and self._shares is not None, "the run was restored before it stepped"
         step = self.state.step
         if self.cfg.run.record_every_steps and step % self.cfg.run.record_every_steps == 0:
             write_records(self.folder.tree_file(step), recorded_trees(scored, found, self._shares))
-        if self.cfg.run.checkpoint_every_steps and step % self.cfg.run.checkpoint_every_steps == 0:
-            self.checkpoint()
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
         self._metrics |= {f"time/{part}_idle_share": share for part, share in self._idle.shares().items()}
         self._metrics["time/step_seconds"] = time.monotonic() - self._step_started
@@ -341,20 +343,31 @@ class Run:
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
         self._emit()
 
+    def checkpoint_if_due(self) -> None:
+        """Begin a checkpoint each run.checkpoint_every_steps, and tell of one that could not be written."""
+        self._saver.check()
+        every = self.cfg.run.checkpoint_every_steps
+        if every and self.state.step % every == 0 and self._checkpointed_step != self.state.step:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
-        """Write model, optimiser and counters; nothing is half-written whatever happens."""
+        """Save model, optimiser, counters and trees in flight; training stands still until they are copied."""
+        self._metrics = {}
         self.state.seconds = time.monotonic() - self._started
-        stored = {"seed": self.cfg.seed, "run": asdict(self.state)}
+        state = self.state
+        success = state.success_after if state.evaluated_step == state.step else None
+        ahead = self._ahead.in_flight() if self._ahead else []
         with self._stage("checkpoint"):
-            checkpoint.save(
-                self.folder.checkpoints, self.state.step, self._write_learner, stored, self.cfg.run.keep_checkpoints
-            )
-        self._checkpointed_step = self.state.step
+            self._saver.begin(state.step, asdict(state), ahead, success)
+        self._stood_still = self._metrics
+        self._checkpointed_step = state.step
 
     def finish(self) -> dict[str, Any]:
         """The last checkpoint, summary.json, the curve and the report."""
         if self._checkpointed_step != self.state.step or self.state.step == 0:
             self.checkpoint()
+        with self._stage("checkpoint"):
+            self._saver.wait()
         summary = self._summary()
         self.folder.write_summary(summary)
         self._tracker.summarize(summary)
@@ -364,21 +377,18 @@ class Run:
 
     def rescue(self, error: BaseException) -> None:
         """After an interrupt or an error: save what the last finished step left, if the learner still answers."""
-        if self.state.step == self._checkpointed_step or isinstance(error, CheckpointError):
-            return
         with uninterrupted():
             try:
-                self.checkpoint()
+                self._saver.wait()
+                if isinstance(error, CheckpointError) or not self.state.step:
+                    return
+                if self.state.step != self._checkpointed_step:
+                    self.checkpoint()
+                    self._saver.wait()
             except Exception as lost:
                 logger.error("the last finished step could not be saved: %s", lost)
                 return
         self._progress.note(f"saved step {self.state.step}; continue with run.resume=true run.dir={self.folder.path}")
-
-    def _write_learner(self, folder: Path) -> None:
-        self._ask(self._learner.save(str(folder)), "the learner to write its checkpoint", CHECKPOINT_LIMIT_S)
-        if self._parts.prm is not None:
-            call = self._parts.prm.save(folder)
-            self._parts.prm.answer(call, "the process reward model to write its checkpoint", CHECKPOINT_LIMIT_S)
 
     @property
     def _learner(self) -> LearnerGroup:

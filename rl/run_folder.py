@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def reward_cache(self) -> Path:
+        """Scores by the content they were given for (`rewards.cache`); outlives the run."""
+        return self.path / "reward_cache.sqlite"
+
+    @property
     def logs(self) -> Path:
         """Folder of the libraries' logs."""
         return self.path / "logs"

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,7 +113,12 @@ class RolloutPool:
             raise
 
     def grow(
-        self, prompts: Sequence[Prompt], seed: int, rollout: RolloutConfig | None = None
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        rollout: RolloutConfig | None = None,
+        *,
+        grown: Collection[int] = (),
     ) -> Iterator[tuple[int, Tree]]:
         """Trees of the prompts as they finish, each with the index of its prompt.
 
@@ -123,10 +128,12 @@ class RolloutPool:
         Args:
             seed: of the batch.
             rollout: how to grow; `cfg.rollout` by default.
+            grown: indices of prompts whose trees are there already and are not grown again.
         Raises: WorkerLost when no worker is left.
         """
         rollout = rollout or self._cfg.rollout
-        waiting, num_done, started = deque(range(len(prompts))), 0, time.monotonic()
+        waiting = deque(index for index in range(len(prompts)) if index not in grown)
+        num_done, started = len(prompts) - len(waiting), time.monotonic()
         share = max(1, self._cfg.rollout.max_running_requests // rollout.num_leaves)
         limit_s = rollout.tree_timeout_s + GRACE_S
         while True:

@@ -89,10 +89,14 @@ class LearnerActor:
         with self._clock.running():
             return [piece_of(rows, arrays, payload=ray.put(arrays)) for rows, arrays in self._learner.pieces()]
 
-    def save(self, folder: str) -> None:
-        """Write a checkpoint."""
+    def begin_save(self, folder: str) -> None:
+        """Copy what a checkpoint needs, and write it while training goes on."""
         with self._clock.running():
-            self._learner.save(folder)
+            self._learner.begin_save(folder)
+
+    def saved(self) -> Any:
+        """How far this rank is with it."""
+        return self._learner.saved()
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint folder, without executing anything stored in it."""
@@ -168,9 +172,13 @@ class LearnerGroup:
         groups = zip(*of_rank, strict=True)
         return Published(version, tuple(tuple(piece for piece in group if piece.rows) for group in groups))
 
-    def save(self, folder: str) -> Calls:
-        """Write a checkpoint."""
-        return self._call("save", folder)
+    def begin_save(self, folder: str) -> Calls:
+        """Begin to write a checkpoint; answered once all is copied and training may go on."""
+        return self._call("begin_save", folder)
+
+    def saved(self) -> Calls:
+        """Each rank's answer is how far it is with the checkpoint, a `Written`."""
+        return self._call("saved")
 
     def load(self, folder: str) -> Calls:
         """Continue from a checkpoint."""

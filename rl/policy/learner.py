@@ -29,7 +29,7 @@ from rl.policy.objective import Objective, Totals, objective
 from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, path_tokens, plan_packs, unique_tokens
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
 from rl.policy.shards import policy_pieces
-from rl.policy.stored import read_checkpoint, write_checkpoint
+from rl.policy.stored import Writing, Written, begin_checkpoint, read_checkpoint
 from rl.policy.tally import Tally
 from rl.policy.trained import Trainable, Trained
 from rollout.seeds import derive_seed
@@ -87,6 +87,7 @@ class Learner:
         compares = cfg.loss.kl_coef > 0 or measurements_needed(cfg.credit).kl
         if compares and not cfg.model.lora.rank:  # adapters can be switched off, and what is left is the reference
             self.reference = load_reference(cfg, model_path, self.device)
+        self._writing = Writing()
         self.custom = load_object(cfg.loss.fn, key="loss.fn") if cfg.loss.kind is LossKind.custom else None
 
     def update(self, trees: Sequence[TreeCredit], step: int) -> dict[str, float]:
@@ -163,13 +164,23 @@ class Learner:
         """This rank's part of what the engines load, group by group (`rl.policy.shards.policy_pieces`)."""
         return policy_pieces(self.policy.module, self.cfg, self.ranks)
 
-    def save(self, folder: str | Path) -> None:
-        """Write a checkpoint: the policy as a Hugging Face folder, and what else training goes on from."""
-        write_checkpoint(Path(folder), self.policy, self.critic, self.cfg, self.ranks, self.model_path)
+    def begin_save(self, folder: str | Path) -> None:
+        """Copy what a checkpoint needs, and write it while training goes on. Collective.
+
+        The policy becomes a Hugging Face folder; what else training goes on from lies beside it.
+        """
+        self._writing.begin(
+            lambda: begin_checkpoint(Path(folder), self.policy, self.critic, self.cfg, self.ranks, self.model_path)
+        )
+
+    def saved(self) -> Written:
+        """How far this rank is with the checkpoint that was begun last; at once."""
+        return self._writing.status()
 
     def load(self, folder: str | Path) -> None:
-        """Continue from a checkpoint folder, without executing anything stored in it."""
-        read_checkpoint(Path(folder), self.policy, self.critic, self.cfg, self.ranks)
+        """Continue from a checkpoint folder, without executing anything stored in it. Collective."""
+        self._writing.wait()
+        read_checkpoint(Path(folder), self.policy, self.critic, self.ranks)
 
     def _trained(self, module: Trainable, learning_rate: float, max_grad_norm: float) -> Trained[Trainable]:
         return Trained(

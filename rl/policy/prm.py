@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
 from conf.errors import CheckpointError
 from conf.schema import Config, PrmKind
+from rl.generators import generators_tensor, restore_generators_tensor
 from rl.policy.layouts.choose import choose_layout
 from rl.policy.load import checkpoint_activations, load_causal_lm, load_critic
 from rl.policy.logprobs import require_known_head
@@ -22,12 +22,16 @@ from rl.policy.loss import path_sums
 from rl.policy.model import TreeCritic, TreePolicy
 from rl.policy.pack import PackedBatch, PathCredit, TreeCredit, edges_of_steps, pack, plan_packs
 from rl.policy.prm_metrics import prm_metrics
+from rl.policy.rank_files import Shards, begin_shards
 from rl.policy.ranks import Ranks
+from rl.policy.stored import Writing, Written
 from rl.policy.trained import Trained
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 
-WEIGHTS_FILE, OPTIMIZER_FILE = "prm.safetensors", "prm_optimizer.pt"
+PRM = "prm"
+"""Folder of the model inside a checkpoint."""
+GENERATORS = "generators/prm"
 NUM_DRIFT_TREES = 8
 """Trees that are scored once more after an update, to see how far it moved the scores."""
 
@@ -72,11 +76,12 @@ class ProcessRewardModel:
         at_one = replace(cfg, rollout=replace(cfg.rollout, temperature=1.0))
         module = _implicit(at_one, path, device) if self._is_implicit else load_critic(cfg, path, device)
         backbone = module.model if isinstance(module, TreePolicy) else module.backbone
+        self._ranks, self._writing = Ranks.alone(device), Writing()
         self.layout, _ = choose_layout(backbone, cfg.learner.layout, device, 1)
         self.model: Trained[TreePolicy | TreeCritic] = Trained(
             module,
             replace(cfg.learner, warmup_steps=cfg.prm.warmup_steps),
-            Ranks.alone(device),
+            self._ranks,
             compute_dtype=cfg.model.dtype,
             learning_rate=cfg.prm.learning_rate,
             head_learning_rate=cfg.prm.head_learning_rate,
@@ -136,23 +141,35 @@ class ProcessRewardModel:
             **prm_metrics(said, is_logit=self._is_implicit),
         }
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments into a folder."""
-        save_file({name: weight.contiguous() for name, weight in self.model.weights().items()}, folder / WEIGHTS_FILE)
-        torch.save(self.model.optimizer_state(), folder / OPTIMIZER_FILE)
+    def begin_save(self, folder: Path) -> None:
+        """Copy weights, moments and generators, and write them to a folder in `folder` while learning goes on."""
+
+        def begun() -> Callable[[], None]:
+            state = self.model.state(PRM)
+            state[GENERATORS] = generators_tensor()
+            copied = begin_shards(folder / PRM, state, self._ranks)
+            return lambda: copied.result() and None
+
+        self._writing.begin(begun)
+
+    def saved(self) -> Written:
+        """How far it is with the checkpoint that was begun last; at once."""
+        return self._writing.status()
 
     def load(self, folder: Path) -> None:
-        """Take back what `save` wrote; nothing stored is executed.
+        """Take back what was written; nothing stored is executed.
 
         Raises: CheckpointError when it is not there, or of another model.
         """
-        if not (folder / WEIGHTS_FILE).is_file():
+        self._writing.wait()
+        if not (folder / PRM).is_dir():
             raise CheckpointError(
-                f"{folder} holds no {WEIGHTS_FILE}: the run was not training a process reward model when it was "
+                f"{folder} holds no {PRM}/: the run was not training a process reward model when it was "
                 f"written, so there is none to go on with. Resume with prm.kind=none, or start another run."
             )
-        state = torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
-        self.model.load(load_file(folder / WEIGHTS_FILE), state)
+        stored = Shards(folder / PRM)
+        self.model.load(stored, PRM)
+        restore_generators_tensor(stored.whole([GENERATORS])[GENERATORS])
 
     def _accumulate(self, credits: list[TreeCredit]) -> tuple[float, list[tuple[int, float, float]]]:
         num_paths = sum(len(credit.paths) for credit in credits)

@@ -55,9 +55,14 @@ class PrmActor:
         """Time with something to do so far."""
         return {"prm": self._clock.seconds()}
 
-    def save(self, folder: str) -> None:
-        """Write weights and moments into a folder."""
-        self._model.save(Path(folder))
+    def begin_save(self, folder: str) -> None:
+        """Copy weights and moments, and write them while learning goes on."""
+        with self._clock.running():
+            self._model.begin_save(Path(folder))
+
+    def saved(self) -> Any:
+        """How far it is with that."""
+        return self._model.saved()
 
     def load(self, folder: str) -> None:
         """Take them back."""
@@ -96,9 +101,13 @@ class PrmHandle:
         """The answer is metrics."""
         return self._actor.update.remote(list(trees), list(outcomes), step)
 
-    def save(self, folder: Path) -> Any:
-        """Write weights and moments into a folder."""
-        return self._actor.save.remote(str(folder))
+    def begin_save(self, folder: Path) -> Any:
+        """Begin to write weights and moments into a folder; answered once they are copied."""
+        return self._actor.begin_save.remote(str(folder))
+
+    def saved(self) -> Any:
+        """The answer is how far it is with that, a `Written`."""
+        return self._actor.saved.remote()
 
     def load(self, folder: Path) -> Any:
         """Take them back."""

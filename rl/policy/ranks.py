@@ -42,6 +42,8 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh | None
     """All ranks, to shard over; None for a process that joined no other."""
+    beside: dist.ProcessGroup | None = None
+    """All ranks, for a thread that talks while the main one trains: in one group their calls would mix."""
 
     @classmethod
     def alone(cls, device: torch.device) -> Ranks:
@@ -60,6 +62,12 @@ class Ranks:
         """Every rank's part in the order of ranks, on rank 0; None elsewhere."""
         gathered = self._gather_all(part)
         return gathered if self.rank == 0 else None
+
+    def background(self) -> dist.ProcessGroup | None:
+        """The group for threads beside training; None stands for the process alone, which is then in a group of one."""
+        if self.beside is None:
+            one_process_mesh(self.device)
+        return self.beside
 
     def close(self) -> None:
         """Leave the group; the ranks cannot talk after it."""
@@ -127,7 +135,10 @@ def join(
             f"rank {rank} waited {timeout_s:.0f} s for the {size - 1} other learner processes and not all came "
             f"({error}). Look into learner*.log of the run's logs/ folder for the one that did not start."
         ) from error
-    return Ranks(rank=rank, size=size, device=device, mesh=init_device_mesh(device.type, (size,)))
+    mesh = init_device_mesh(device.type, (size,))
+    beside = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(beside, dist.ProcessGroup), "this rank is one of all ranks"
+    return Ranks(rank=rank, size=size, device=device, mesh=mesh, beside=beside)
 
 
 def one_process_mesh(device: torch.device) -> DeviceMesh:

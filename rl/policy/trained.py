@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from conf.errors import GroveError
 from conf.schema import LearnerConfig
+from rl.policy.moments import load_moments, load_weights, moment_tensors, weight_tensors
 from rl.policy.optimizer import build_optimizer
+from rl.policy.rank_files import Shards
 from rl.policy.ranks import Ranks
-from rl.policy.sharding import (
-    clip_gradients,
-    full_optimizer_state,
-    full_weights,
-    load_full_optimizer_state,
-    load_full_weights,
-    shard,
-)
+from rl.policy.sharding import clip_gradients, full_weights, shard
 
 
 class NonFiniteGradient(GroveError, RuntimeError):
@@ -50,7 +45,7 @@ class Trained(Generic[Trainable]):
         head_learning_rate: float,
         max_grad_norm: float,
     ) -> None:
-        self.module, self._cfg, self._max_grad_norm = module, cfg, max_grad_norm
+        self.module, self._cfg, self._ranks, self._max_grad_norm = module, cfg, ranks, max_grad_norm
         if ranks.size > 1 or compute_dtype != cfg.weights_dtype or cfg.offload:
             shard(module, ranks, getattr(torch, compute_dtype), offload=cfg.offload)
         self.optimizer = build_optimizer(module, cfg, learning_rate, head_learning_rate)
@@ -84,14 +79,27 @@ class Trained(Generic[Trainable]):
         """All weights by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         return full_weights(self.module)
 
-    def optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """Moments by parameter, whole, on the CPU of rank 0, for torch.load(weights_only=True). Collective."""
-        return full_optimizer_state(self.module, self.optimizer)
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Trained weights and moments as they are on this rank, under the module's name, for `rl.policy.rank_files`."""
+        weights, moments = weight_tensors(self.module), moment_tensors(self.module, self.optimizer)
+        return {
+            **{weights_prefix(name) + path: weight for path, weight in weights.items()},
+            **{_moments_prefix(name) + path: moment for path, moment in moments.items()},
+        }
 
-    def load(self, weights: dict[str, Tensor], optimizer_state: dict[str, dict[str, Any]]) -> None:
-        """Take back what `weights` and `optimizer_state` gave; only rank 0 needs them. Collective.
+    def load(self, stored: Shards, name: str) -> None:
+        """Take back what `state` gave, on as many ranks as there are now. Collective.
 
-        Raises: CheckpointError when they are of another module or another optimiser.
+        Raises: CheckpointError when it is of another module or another optimiser.
         """
-        load_full_weights(self.module, weights)
-        load_full_optimizer_state(self.module, self.optimizer, optimizer_state)
+        load_weights(self.module, stored, weights_prefix(name), self._ranks)
+        load_moments(self.module, self.optimizer, stored, _moments_prefix(name), self._ranks)
+
+
+def weights_prefix(name: str) -> str:
+    """Before the names of a module's weights among stored tensors."""
+    return f"weights/{name}/"
+
+
+def _moments_prefix(name: str) -> str:
+    return f"moments/{name}/"

@@ -25,12 +25,12 @@ class Grower:
         self.seconds = seconds
         self.busy = threading.Event()
 
-    def __call__(self, step: int) -> Grown:
-        self.begun.append(step)
+    def __call__(self, batch: Grown) -> None:
+        self.begun.append(batch.step)
         self.busy.set()
         time.sleep(self.seconds)
         self.busy.clear()
-        return Grown([], {step: f"call {step}"}, self.seconds)
+        batch.calls[batch.step] = f"call {batch.step}"
 
 
 def settle(seen: list[int], length: int) -> list[int]:
@@ -55,6 +55,26 @@ def test_at_most_depth_batches_are_begun_before_a_step_is_updated(depth: int):
     ahead.close()
 
 
+def test_what_is_in_flight_is_every_batch_that_is_not_trained_yet():
+    gate = threading.Event()
+
+    def grow(batch: Grown) -> None:
+        batch.calls[0] = "call"
+        if batch.step == 6:
+            gate.wait(5)
+
+    ahead = Ahead(grow, 5, 1)
+    ahead.next(5.0)
+    while len(ahead.in_flight()) < 2:
+        time.sleep(0.001)
+    # batch 5 is in the hands of a step that has not been updated, batch 6 grows
+    assert [(batch.step, batch.calls) for batch in ahead.in_flight()] == [(5, {0: "call"}), (6, {0: "call"})]
+    ahead.advance()
+    assert ahead.in_flight()[0].step == 6
+    gate.set()
+    ahead.close()
+
+
 def test_nothing_grows_while_it_is_paused():
     grower = Grower(seconds=0.05)
     ahead = Ahead(grower, 0, 1)
@@ -69,10 +89,9 @@ def test_nothing_grows_while_it_is_paused():
 
 
 def test_an_error_comes_where_the_batch_is_asked_for():
-    def grow(step: int) -> Grown:
-        if step == 1:
+    def grow(batch: Grown) -> None:
+        if batch.step == 1:
             raise RuntimeError("no worker is left")
-        return Grown([], {}, 0.0)
 
     ahead = Ahead(grow, 0, 1)
     ahead.next(5.0)
@@ -82,7 +101,7 @@ def test_an_error_comes_where_the_batch_is_asked_for():
 
 def test_a_batch_that_never_comes_is_a_time_out():
     gate = threading.Event()
-    ahead = Ahead(lambda step: Grown([], {}, float(gate.wait(5))), 0, 1)
+    ahead = Ahead(lambda batch: batch.calls.update({0: gate.wait(5)}), 0, 1)
     with pytest.raises(WaitTimeout, match="did not grow within 0 s"):
         ahead.next(0.05)
     gate.set()

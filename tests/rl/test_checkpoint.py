@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conf.errors import CheckpointError
 from rl import checkpoint
-from rl.checkpoint import Checkpoint, checkpoints, damage, load_state, newest, save
+from rl.checkpoint import Checkpoint, best, checkpoints, damage, load_state, newest, save, success_of
 
 
 def write_weights(folder: Path) -> None:
@@ -55,6 +55,43 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path, step, write_weights, {}, keep=2)
     assert steps_in(tmp_path) == [30, 40]
+
+
+def test_the_best_by_held_out_success_are_kept_beside_the_newest(tmp_path):
+    for step, success in ((10, 0.5), (20, 0.9), (30, 0.7), (40, None), (50, 0.6)):
+        save(tmp_path, step, write_weights, {}, keep=1, keep_best=2, success=success)
+    assert steps_in(tmp_path) == [20, 30, 50]
+    found = best(tmp_path)
+    assert found is not None and (found.step, success_of(found)) == (20, 0.9)
+
+
+def test_of_equally_good_checkpoints_the_newest_is_the_best(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, write_weights, {}, keep=3, success=0.5)
+    assert getattr(best(tmp_path), "step", None) == 30
+
+
+def test_a_damaged_best_gives_way_to_the_next(tmp_path, caplog):
+    save(tmp_path, 10, write_weights, {}, keep=2, success=0.5)
+    flip_a_byte(save(tmp_path, 20, write_weights, {}, keep=2, success=0.9).path / "model.safetensors")
+    assert getattr(best(tmp_path), "step", None) == 10
+    assert "the next best is used" in caplog.text
+
+
+def test_without_an_evaluation_none_is_the_best(tmp_path):
+    save(tmp_path, 10, write_weights, {}, keep=1, keep_best=3)
+    assert best(tmp_path) is None
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_with_a_way_out(tmp_path):
+    saved = save(tmp_path, 10, write_weights, {}, keep=1)
+    manifest = json.loads((saved.path / "manifest.json").read_text())
+    del manifest["format"]
+    (saved.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"of format 1 and this version of Grove reads format 2.*model\.path=.*model"
+    ):
+        load_state(saved)
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):

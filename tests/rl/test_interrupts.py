@@ -12,7 +12,7 @@ def tell_myself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_an_interrupt_waits_until_the_block_is_through(number: int):
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
@@ -34,7 +34,7 @@ def test_an_error_inside_the_block_is_not_hidden_by_the_interrupt():
         raise ValueError("broken")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_scheduler_and_a_lost_terminal_interrupt(number: int):
     with pytest.raises(KeyboardInterrupt), end_as_interrupt():
         tell_myself(number)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,6 +175,14 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     has_cap = getattr(model.config, "attn_logit_softcapping", None) is not None
     plain.set_attn_implementation("eager" if has_cap else "sdpa")
     return plain
+
+
+def save_whole(trained: Any, folder: Path) -> None:
+    """Have a learner or a process reward model write its part of a checkpoint, to the end."""
+    trained.begin_save(folder)
+    while not trained.saved().done:
+        time.sleep(0.002)
+    assert trained.saved().error == ""
 
 
 class KeepsFloat64(TorchFunctionMode):

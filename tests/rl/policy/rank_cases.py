@@ -19,23 +19,40 @@ from conf.errors import CheckpointError
 from conf.schema import Config, Layout, LearnerConfig, LoraConfig, ModelConfig, OptimizerKind
 from rl.policy.lora import with_lora
 from rl.policy.model import EdgeOutputs, TreeCritic, TreePolicy
+from rl.policy.moments import load_moments, load_weights, moment_tensors, weight_tensors
 from rl.policy.optimizer import build_optimizer
 from rl.policy.pack import PackedBatch, TreeCredit, pack, plan_packs
+from rl.policy.rank_files import Shards, save_shards
 from rl.policy.ranks import Ranks, dummy_batch, join, meeting_address, open_meeting, share_packs
-from rl.policy.sharding import (
-    clip_gradients,
-    full_optimizer_state,
-    full_weights,
-    load_full_optimizer_state,
-    load_full_weights,
-    shard,
-)
+from rl.policy.sharding import clip_gradients, full_weights, shard
 from rl.policy.shards import policy_pieces
 from rollout.tree import ROOT
 
 SHAPE = [ROOT, 0, 0, 1, 1, ROOT]
 NUM_RANKS = 2
 TIMEOUT_S = 120.0
+WEIGHTS, MOMENTS = "weights/", "moments/"
+
+shared = Path()
+"""Folder that all ranks of a case see."""
+
+
+def store(module: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks) -> None:
+    """Weights and moments as a checkpoint has them."""
+    weights, moments = weight_tensors(module), moment_tensors(module, optimizer)
+    save_shards(
+        folder,
+        {WEIGHTS + name: each for name, each in weights.items()}
+        | {MOMENTS + name: each for name, each in moments.items()},
+        ranks,
+    )
+
+
+def take(module: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks) -> None:
+    """Go on from them."""
+    stored = Shards(folder)
+    load_weights(module, stored, WEIGHTS, ranks)
+    load_moments(module, optimizer, stored, MOMENTS, ranks)
 
 
 def run_ranks(cases: list[Callable[[Ranks], Any]], folder: Path) -> dict[str, list[Any]]:
@@ -56,6 +73,8 @@ def run_ranks(cases: list[Callable[[Ranks], Any]], folder: Path) -> dict[str, li
 def _run(rank: int, address: str, cases: list[Callable[[Ranks], Any]], folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    global shared
+    shared = Path(folder)
     ranks = join(rank, NUM_RANKS, address, torch.device("cpu"), TIMEOUT_S)
     found: dict[str, Any] = {}
     for case in cases:
@@ -214,22 +233,34 @@ def stepped(module: TreePolicy, optimizer: torch.optim.Optimizer, ranks: Ranks, 
 
 def trained(ranks: Ranks, optimizer_kind: OptimizerKind = OptimizerKind.adamw) -> dict[str, Any]:
     """Two steps, a checkpoint, one more step; sizes of this rank's moments."""
-    module = wide_policy()
-    shard(module, ranks, torch.float32, offload=False)
-    cfg = LearnerConfig(weight_decay=0.1, optimizer=optimizer_kind)
-    optimizer = build_optimizer(module, cfg, 1e-2, 1e-3)
+    module, optimizer = wide_learner(ranks, optimizer_kind)
     stepped(module, optimizer, ranks, 2)
-    weights, state = full_weights(module), full_optimizer_state(module, optimizer)
+    store(module, optimizer, shared / optimizer_kind.value, ranks)
     own = sum(optimizer.state[each]["exp_avg"].to_local().numel() for each in module.parameters())
     stepped(module, optimizer, ranks, 1)
     after = full_weights(module)
-    again = wide_policy()
-    shard(again, ranks, torch.float32, offload=False)
-    resumed = build_optimizer(again, cfg, 1e-2, 1e-3)
-    load_full_weights(again, weights)
-    load_full_optimizer_state(again, resumed, state)
+    again, resumed = wide_learner(ranks, optimizer_kind)
+    take(again, resumed, shared / optimizer_kind.value, ranks)
     stepped(again, resumed, ranks, 1)
-    return {"weights": weights, "state": state, "after": after, "own": own, "resumed": full_weights(again)}
+    return {"after": after, "own": own, "resumed": full_weights(again)}
+
+
+def took_over(ranks: Ranks) -> dict[str, Tensor]:
+    """Goes on where one process stopped after two steps."""
+    module, optimizer = wide_learner(ranks, OptimizerKind.adamw)
+    take(module, optimizer, shared / ONE_PROCESS, ranks)
+    stepped(module, optimizer, ranks, 1)
+    return full_weights(module)
+
+
+ONE_PROCESS = "one_process"
+
+
+def wide_learner(ranks: Ranks, optimizer_kind: OptimizerKind) -> tuple[TreePolicy, torch.optim.Optimizer]:
+    module = wide_policy()
+    if ranks.size > 1:
+        shard(module, ranks, torch.float32, offload=False)
+    return module, build_optimizer(module, LearnerConfig(weight_decay=0.1, optimizer=optimizer_kind), 1e-2, 1e-3)
 
 
 def trained_8bit(ranks: Ranks) -> dict[str, Any]:
@@ -285,11 +316,12 @@ def published_experts(ranks: Ranks) -> Any:
 
 
 def wrong_weights(ranks: Ranks) -> str:
-    """Every rank raises, though only rank 0 sees the checkpoint."""
+    """Every rank raises, and none waits for another."""
     module = policy()
     shard(module, ranks, torch.float32, offload=False)
+    save_shards(shared / "wrong", {f"{WEIGHTS}model.other": torch.zeros(2)}, ranks)
     try:
-        load_full_weights(module, {"model.other": torch.zeros(2)} if ranks.rank == 0 else {})
+        load_weights(module, Shards(shared / "wrong"), WEIGHTS, ranks)
     except CheckpointError as error:
         return str(error)
     return "accepted"

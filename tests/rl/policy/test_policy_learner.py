@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from policy_trees import VOCABULARY, grown, paired, tiny
+from policy_trees import VOCABULARY, grown, paired, save_whole, tiny
 from published import arrived, of_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,7 +225,7 @@ def test_an_update_resumed_from_a_checkpoint_is_the_same_to_the_last_bit(kind: s
     cfg = config(learner={"warmup_steps": 3}, **RESUMED[kind])
     straight = learner_of(cfg, checkpoint)
     straight.update(with_values(batch(seed=1)), 0)
-    straight.save(tmp_path)
+    save_whole(straight, tmp_path)
     straight.update(with_values(batch(seed=2)), 1)
 
     resumed = learner_of(cfg, checkpoint)
@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_it_spreads(checkpoint: 
     with pytest.raises(NonFiniteGradient, match="the gradient norm is nan"):
         learner.update([credit], 0)
     assert largest_change(learner, before) == 0.0
-    assert learner.policy.optimizer_state() == {}
+    assert not learner.policy.optimizer.state
 
 
 def test_scores_are_those_of_the_plain_model(checkpoint: str):
@@ -309,7 +309,7 @@ def test_scores_are_those_of_the_plain_model(checkpoint: str):
 def test_engines_get_whole_weights_under_their_names_with_the_tied_head_left_out(checkpoint: str, tmp_path: Path):
     learner = learner_of(config(), checkpoint)
     learner.update(batch(), 0)
-    learner.save(tmp_path)
+    save_whole(learner, tmp_path)
     written = published(learner)
     assert sorted(written) == sorted(load_file(tmp_path / "model" / "model.safetensors"))
     assert "lm_head.weight" not in written
@@ -318,7 +318,7 @@ def test_engines_get_whole_weights_under_their_names_with_the_tied_head_left_out
 
 def test_a_saved_model_is_a_plain_hugging_face_folder(checkpoint: str, tmp_path: Path):
     learner = learner_of(config(), checkpoint)
-    learner.save(tmp_path)
+    save_whole(learner, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert "grove" not in (tmp_path / "model" / "config.json").read_text()
     assert torch.equal(loaded.get_input_embeddings().weight, learner.policy.module.model.get_input_embeddings().weight)

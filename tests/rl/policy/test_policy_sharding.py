@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,27 +11,20 @@ import rank_cases
 import torch
 from policy_trees import tiny
 from published import arrived, of_ranks
-from rank_cases import forest, gradients, packs_of, policy, stepped, train_on, wide_policy
-from safetensors.torch import save_file
+from rank_cases import forest, gradients, packs_of, policy, stepped, store, take, train_on, wide_policy
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from conf.errors import CheckpointError
-from conf.schema import Layout, LearnerConfig, LoraConfig
+from conf.schema import Layout, LearnerConfig, LoraConfig, OptimizerKind
 from rl.policy.lora import base_causal_lm
 from rl.policy.model import TreePolicy
 from rl.policy.optimizer import build_optimizer
 from rl.policy.pack import pack
+from rl.policy.rank_files import Shards
 from rl.policy.ranks import Ranks
-from rl.policy.sharding import (
-    clip_gradients,
-    full_optimizer_state,
-    full_weights,
-    load_full_optimizer_state,
-    load_full_weights,
-    shard,
-)
+from rl.policy.sharding import clip_gradients, full_weights, shard
 from rl.policy.shards import groups_of
 from rl.policy.stored import plain_weights
 from rollout.shards import Rows
@@ -50,6 +42,7 @@ CASES = [
     rank_cases.statistics,
     rank_cases.unseen_update,
     rank_cases.trained,
+    rank_cases.took_over,
     rank_cases.bfloat16_compute,
     rank_cases.wrong_weights,
     rank_cases.published,
@@ -64,7 +57,13 @@ ALONE = Ranks.alone(torch.device("cpu"))
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two processes found, by case and rank; they start once for all tests here."""
-    return rank_cases.run_ranks(CASES, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    module, optimizer = rank_cases.wide_learner(ALONE, OptimizerKind.adamw)
+    stepped(module, optimizer, ALONE, 2)
+    store(module, optimizer, folder / rank_cases.ONE_PROCESS, ALONE)
+    found = rank_cases.run_ranks(CASES, folder)
+    stepped(module, optimizer, ALONE, 1)
+    return found | {"folder": [folder], "one_process": [full_weights(module)]}
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], share: float = 1e-6) -> None:
@@ -147,17 +146,25 @@ def test_each_rank_keeps_its_share_of_the_moments(of_two_ranks: dict[str, list[A
 @pytest.mark.slow
 def test_two_ranks_resume_to_the_same_bits(of_two_ranks: dict[str, list[Any]]):
     first, second = of_two_ranks["trained"]
-    assert second["weights"] == second["state"] == second["after"] == {}, "rank 0 alone holds what is whole"
+    assert second["after"] == {}, "rank 0 alone holds what is whole"
     assert all(torch.equal(first["resumed"][name], weight) for name, weight in first["after"].items())
 
 
 @pytest.mark.slow
+def test_each_rank_writes_its_own_rows(of_two_ranks: dict[str, list[Any]]):
+    (folder,) = of_two_ranks["folder"]
+    assert sorted(file.name for file in (folder / "adamw").iterdir()) == ["rank0.safetensors", "rank1.safetensors"]
+    name = "weights/model.model.embed_tokens.weight"
+    rows = [load_file(folder / "adamw" / f"rank{rank}.safetensors")[name] for rank in (0, 1)]
+    assert [len(part) for part in rows] == [20, 20]
+    assert torch.equal(torch.cat(rows), Shards(folder / "adamw").whole([name])[name])
+
+
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_ranks_stopped(of_two_ranks: dict[str, list[Any]]):
-    found = of_two_ranks["trained"][0]
-    module = wide_policy()
-    optimizer = build_optimizer(module, LearnerConfig(weight_decay=0.1), 1e-2, 1e-3)
-    load_full_weights(module, found["weights"])
-    load_full_optimizer_state(module, optimizer, found["state"])
+    (folder,), found = of_two_ranks["folder"], of_two_ranks["trained"][0]
+    module, optimizer = rank_cases.wide_learner(ALONE, OptimizerKind.adamw)
+    take(module, optimizer, folder / "adamw", ALONE)
     stepped(module, optimizer, ALONE, 1)
     assert_close(full_weights(module), found["after"], share=1e-5)
     stepped(module, optimizer, ALONE, 1)
@@ -166,24 +173,26 @@ def test_one_process_goes_on_where_two_ranks_stopped(of_two_ranks: dict[str, lis
 
 
 @pytest.mark.slow
+def test_two_ranks_go_on_where_one_process_stopped(of_two_ranks: dict[str, list[Any]]):
+    assert_close(of_two_ranks["took_over"][0], of_two_ranks["one_process"][0], share=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_8BIT, reason="needs torchao")
 def test_moments_in_8_bits_resume_to_the_same_bits_on_two_ranks(of_two_ranks: dict[str, list[Any]]):
-    found = of_two_ranks["trained_8bit"][0]
-    kept = [type(part) for entries in found["state"].values() for part in entries["exp_avg"]]
-    assert set(kept) == {dict, Tensor}, "large parts in 8 bits, small ones as they are"
+    (folder,), found = of_two_ranks["folder"], of_two_ranks["trained_8bit"][0]
+    parts = {name.rpartition("/")[2] for name in Shards(folder / "adamw_8bit").shapes if "/exp_avg/" in name}
+    assert parts == {"codes", "scale", "qmap", "plain"}, "large parts in 8 bits, small ones as they are"
     assert all(torch.equal(found["resumed"][name], weight) for name, weight in found["after"].items())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_8BIT, reason="needs torchao")
 def test_one_process_takes_moments_in_8_bits_of_two_ranks_or_of_a_wide_optimiser(of_two_ranks: dict[str, list[Any]]):
-    found = of_two_ranks["trained_8bit"][0]
-    for state in (found["state"], of_two_ranks["trained"][0]["state"]):
-        module = wide_policy()
-        cfg = LearnerConfig(weight_decay=0.1, optimizer=rank_cases.OptimizerKind.adamw_8bit)
-        optimizer = build_optimizer(module, cfg, 1e-2, 1e-3)
-        load_full_weights(module, found["weights"])
-        load_full_optimizer_state(module, optimizer, state)
+    (folder,), found = of_two_ranks["folder"], of_two_ranks["trained_8bit"][0]
+    for kind in OptimizerKind:
+        module, optimizer = rank_cases.wide_learner(ALONE, OptimizerKind.adamw_8bit)
+        take(module, optimizer, folder / kind.value, ALONE)
         stepped(module, optimizer, ALONE, 1)
         assert_close(full_weights(module), found["after"], share=0.2)
 
@@ -217,7 +226,7 @@ def test_bfloat16_computes_and_float32_learns(of_two_ranks: dict[str, list[Any]]
 
 
 @pytest.mark.slow
-def test_every_rank_refuses_weights_that_only_the_first_has_seen(of_two_ranks: dict[str, list[Any]]):
+def test_every_rank_refuses_weights_of_another_model(of_two_ranks: dict[str, list[Any]]):
     for message in of_two_ranks["wrong_weights"]:
         assert message.startswith("the checkpoint does not fit this model: 1 weights it does not have, 24 it trains")
 
@@ -236,68 +245,12 @@ def test_one_process_computes_in_bfloat16_and_keeps_float32_weights():
     assert all(torch.equal(gathered[name], weight) for name, weight in plain.items())
 
 
-def test_weights_and_moments_of_a_module_in_one_piece_round_trip():
-    module = policy()
-    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
-    assert full_optimizer_state(module, optimizer) == {}, "nothing before the first step"
-    stepped(module, optimizer, ALONE, 2)
-    weights, state = full_weights(module), saved_and_loaded(full_optimizer_state(module, optimizer))
-    assert state["model.model.norm.weight"]["step"] == 2
-    stepped(module, optimizer, ALONE, 1)
-    again = policy()
-    resumed = build_optimizer(again, LearnerConfig(), 1e-2, 1e-2)
-    load_full_weights(again, weights)
-    load_full_optimizer_state(again, resumed, state)
-    stepped(again, resumed, ALONE, 1)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
-
-
-def test_moments_of_a_run_that_never_stepped_leave_none():
-    module = policy()
-    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
-    stepped(module, optimizer, ALONE, 1)
-    before = full_weights(module)
-    load_full_optimizer_state(module, optimizer, {})
-    assert not optimizer.state and all(weight.grad is None for weight in module.parameters())
-    assert all(torch.equal(before[name], weight) for name, weight in full_weights(module).items())
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
-
-
 def test_gathered_weights_are_a_copy():
     module = policy()
     weights = full_weights(module)
     with torch.no_grad():
         module.get_parameter("model.model.norm.weight").zero_()
     assert weights["model.model.norm.weight"].abs().sum() > 0
-
-
-def test_adapters_are_loaded_without_the_frozen_model():
-    module = rank_cases.adapted_policy()
-    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
-    adapters = {name: weight for name, weight in full_weights(module).items() if name in trained}
-    assert 0 < len(adapters) < len(full_weights(module))
-    load_full_weights(module, {name: torch.ones_like(weight) for name, weight in adapters.items()})
-    assert all((module.get_parameter(name) == 1).all() for name in adapters)
-
-
-def test_a_checkpoint_of_another_model_is_refused():
-    module, other = policy(), policy(tied=False)
-    with pytest.raises(CheckpointError, match=r"1 weights it does not have, 0 it trains.*model\.lm_head\.weight"):
-        load_full_weights(module, full_weights(other))
-    with pytest.raises(CheckpointError, match="0 weights it does not have, 1 it trains"):
-        load_full_weights(other, full_weights(module))
-    wrong = {**full_weights(module), "model.model.norm.weight": torch.ones(3)}
-    with pytest.raises(CheckpointError, match=r"1 of another shape \(first: model\.model\.norm\.weight\)"):
-        load_full_weights(module, wrong)
-
-
-def test_moments_of_another_model_or_optimiser_are_refused():
-    module = policy()
-    optimizer = build_optimizer(module, LearnerConfig(), 1e-2, 1e-2)
-    with pytest.raises(CheckpointError, match=r"moments of 1 parameters that this model does not have \(first: x\)"):
-        load_full_optimizer_state(module, optimizer, {"x": {"step": torch.tensor(1.0)}})
-    with pytest.raises(CheckpointError, match=r"keeps \['momentum'\] of each parameter and this one \['exp_avg'"):
-        load_full_optimizer_state(module, optimizer, {"model.model.norm.weight": {"momentum": torch.ones(32)}})
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm():
@@ -309,7 +262,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm():
 
 
 @pytest.mark.gpu
-def test_a_gpu_computes_with_weights_and_moments_that_wait_in_the_hosts_memory():
+def test_a_gpu_computes_with_weights_and_moments_that_wait_in_the_hosts_memory(tmp_path: Path):
     gpu, found = Ranks.alone(torch.device("cuda")), []
     batch = pack(packs_of(forest())[0]).to(gpu.device)
     for offload in (False, True):
@@ -323,17 +276,10 @@ def test_a_gpu_computes_with_weights_and_moments_that_wait_in_the_hosts_memory()
             optimizer.zero_grad()
         places = {weight.to_local().device.type for weight in module.parameters()}
         assert places == {"cpu" if offload else "cuda"}
-        load_full_weights(module, full_weights(module))
-        load_full_optimizer_state(module, optimizer, full_optimizer_state(module, optimizer))
+        store(module, optimizer, tmp_path / str(offload), gpu)
+        take(module, optimizer, tmp_path / str(offload), gpu)
         found.append(full_weights(module))
     assert_close(found[1], found[0], share=0.1)
-
-
-def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def engine_weights(of_rank: list[Any]) -> dict[str, Tensor]:
