@@ -143,7 +143,7 @@ class Saver:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         for written in self._written():
             if written.error:
-                raise OSError(written.error)
+                raise OSError(written.error) if written.by_system else RuntimeError(written.error)
 
     def _written(self) -> list[Written]:
         """How far each process is; told between two updates."""

@@ -75,7 +75,8 @@ class ShardWriter(StorageWriter):
             places[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
             results.append(WriteResult(index=item.index, size_in_bytes=value.nbytes, storage_data=plan.storage_data))
         if tensors:
-            save_file(tensors, self._folder / plan.storage_data, metadata={"format": "pt", PLACES: json.dumps(places)})
+            # One entry alone: the library writes several in no fixed order, and equal states would be unequal files.
+            save_file(tensors, self._folder / plan.storage_data, metadata={PLACES: json.dumps(places)})
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result(results)
         return done

@@ -44,6 +44,8 @@ class Written:
     done: bool
     error: str = ""
     """What went wrong, with the name of its class; "" where nothing did."""
+    by_system: bool = False
+    """The system refused, as a disk does."""
 
 
 class Writing:
@@ -76,7 +78,8 @@ class Writing:
         error = self._future.exception()
         if isinstance(error, CheckpointException):  # of all ranks; the first of them says what it was
             error = next(iter(error.failures.values()))[0]
-        return Written(done=True, error="" if error is None else f"{type(error).__name__}: {error}")
+        said = "" if error is None else f"{type(error).__name__}: {error}"
+        return Written(done=True, error=said, by_system=isinstance(error, OSError))
 
 
 def begin_checkpoint(
