@@ -26,6 +26,7 @@ from rl.statistics import (
     bootstrap_runs,
     percentile_interval,
     runs_per_arm,
+    wilson_interval,
 )
 
 SUCCESS = "eval/success_share"
@@ -154,6 +155,8 @@ def result(group: Group, metric: str, place: float) -> Result:
     intervals = []
     if table and table[0]:
         intervals.append(percentile_interval(bootstrap_runs(table, BOOTSTRAP_DRAWS, SEED)))
+        if statistics.fmean(values) in (0.0, 1.0):  # all alike: drawing them again shows no spread
+            intervals.append(wilson_interval(values[0] * len(table[0]), len(table[0])))
     if len(values) > 1:
         intervals.append(t_interval(values))
     return Result(group, values, widest(intervals), len(table[0]) if table else 0)

@@ -24,6 +24,10 @@ examples:
 """
 
 
+WIDTH = 160
+"""Columns of the table in a file or a pipe."""
+
+
 def add(commands: Commands) -> None:
     """Declare the command."""
     parser = add_command(
@@ -37,7 +41,7 @@ def add(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from rich import print as print_rich
+    from rich.console import Console
 
     from rl.compare import compare
     from rl.compare_page import comparison_table, sentences, write_comparison
@@ -45,6 +49,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     paths = [run_folder(path, "compare") for path in arguments.paths]
     by_steps = arguments.at == "steps"
     found = compare(paths, arguments.metric, by_steps=by_steps, baseline=arguments.baseline)
-    print_rich(comparison_table(found))
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=WIDTH)).print(comparison_table(found))
     print_lines(["", *sentences(found), str(write_comparison(found, Path(arguments.out or paths[0])))])
     return 0

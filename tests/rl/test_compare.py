@@ -164,6 +164,12 @@ def test_one_seed_is_never_more_than_noise(tmp_path: Path):
     assert '"b" looks better than "a" by 100.0 points, but one seed says nothing of the next' in sentences(found)[0]
 
 
+def test_no_success_at_all_still_has_an_interval(tmp_path: Path):
+    runs = [written(tmp_path, "a", seed, ((0, 0, 0.0), (1, 100, 0.0)), prompts=32) for seed in (0, 1)]
+    # Wilson of 0 of 32: z^2 / (n + z^2) = 3.8415 / 35.8415
+    assert compare(runs).results[0].interval == Interval(0.0, pytest.approx(3.8415 / 35.8415, abs=1e-4))
+
+
 def test_tasks_count_beside_seeds(tmp_path: Path):
     paths = [written(tmp_path, "a", seed, ended(0.5)) for seed in range(3)]
     paths += [written(tmp_path, "b", seed, ended(0.75)) for seed in range(3)]
