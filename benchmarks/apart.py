@@ -92,13 +92,14 @@ def _measured(step: Step) -> Measured:
     gc.collect()
     # A subprocess inherits its parent's ru_maxrss on Linux, and ru_maxrss never falls; this peak can be set back.
     Path("/proc/self/clear_refs").write_text("5")
-    before_mib = _status_mib("VmRSS")
+    before_mib = status_mib("VmRSS")
     started = time.perf_counter()
     step()
     seconds = time.perf_counter() - started
-    return Measured(seconds=seconds, peak_mib=_status_mib("VmHWM") - before_mib)
+    return Measured(seconds=seconds, peak_mib=status_mib("VmHWM") - before_mib)
 
 
-def _status_mib(name: str) -> float:
+def status_mib(name: str) -> float:
+    """VmRSS, VmHWM ... of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024

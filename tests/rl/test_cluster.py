@@ -124,7 +124,7 @@ class Nodes:
             self.add(name)
         self.address = self._cluster.address
 
-    def add(self, name: str, **resources: int) -> None:
+    def add(self, name: str, **resources: Any) -> None:
         kept: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         address = f"127.0.0.{'abcd'.index(name) + 2}"
         self._nodes[name] = self._cluster.add_node(**(kept | resources), node_ip_address=address)

@@ -1,0 +1,242 @@
+"""A version of the weights from the learner's processes to an engine: rows of every process against one gathered file.
+
+    python -m benchmarks.weights [--quick] [--sizes 4M 52M] [--ranks 1 2] [--repeats 5] [--dtype float32]
+
+Both ways begin with trained weights in real learner processes (FSDP2 over gloo where there are two) and end when the
+engine's side has copied every tensor into a model of its own, as an engine does:
+
+- file: all weights gathered on rank 0, written as one safetensors file in shared memory, read by the engine, as Grove
+  did it before.
+- shards: each rank puts its rows into the object store of its node with a checksum; the engine checks them and makes
+  tensors whole, a group at a time.
+
+They take turns; the fastest repetition counts.
+
+- `seconds`: of the whole way; `lay_out`: of it until the learner is free again; `take`: the engine's part.
+- `ratio`: file / shards in `seconds`.
+- `ideal`: the fewest copies there can be between two processes, one into shared memory and one out of it, at the
+  speed of this machine's memcpy; `efficiency`: ideal / shards.
+- `rank0_mib`, `engine_mib`: resident memory at its highest, above that before; pages of shared memory count where they
+  are mapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.apart import status_mib
+from benchmarks.policies import MEDIUM, SMALL, TINY, Size, random_policy
+from benchmarks.tables import Row, report
+from conf.check_machine import DTYPE_BYTES
+from conf.schema import Config, LearnerConfig, ModelConfig
+from rl.policy.actor import LearnerGroup
+from rl.policy.sharding import full_weights
+from rl.policy.stored import plain_weights
+from rollout.shards import Arriving, Published
+
+LIMIT_S = 600.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One version, brought once."""
+
+    seconds: float
+    lay_out_seconds: float
+    rank0_mib: float
+    engine_mib: float
+
+
+class Engine:
+    """The engine's side: a model of its own, into which every tensor is copied."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        torch.set_num_threads(1)
+        self._model = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    def take_file(self, path: str) -> float:
+        """From a safetensors file; returns MiB."""
+        return peak_mib(lambda: self._copy(load_file(path)))
+
+    def take_shards(self, published: Published) -> float:
+        """From the object store; returns MiB."""
+
+        async def fetch(ref: Any) -> list[np.ndarray]:
+            return ray.get(ref)
+
+        async def take() -> None:
+            async for tensors in Arriving(published, fetch).tensors():
+                self._copy(tensors)
+
+        return peak_mib(lambda: asyncio.run(take()))
+
+    def sums(self) -> dict[str, float]:
+        """Something that tells one version from another."""
+        return {name: float(weight.double().sum()) for name, weight in self._model.items()}
+
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._model[name].copy_(tensor)
+
+
+def peak_mib(work: Callable[[], Any]) -> float:
+    """Resident memory at its highest while `work` runs, above that before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mib("VmRSS")
+    work()
+    return status_mib("VmHWM") - before
+
+
+def write_file(actor: Any, path: str) -> float:
+    """Called in every learner process: gather everything on rank 0, which writes it. Returns MiB."""
+
+    def write() -> None:
+        learner = actor._learner
+        weights = full_weights(learner.policy.module)
+        if learner.ranks.rank == 0:
+            dtype = getattr(torch, learner.cfg.model.dtype)
+            plain = plain_weights(weights, learner.cfg.model.lora)
+            save_file({name: weight.to(dtype).contiguous() for name, weight in plain.items()}, path)
+
+    return peak_mib(write)
+
+
+def publish(actor: Any) -> tuple[Any, float]:
+    """Called in every learner process: what it does in a run. Returns its pieces, and MiB."""
+    found: list[Any] = []
+    mib = peak_mib(lambda: found.extend(actor.publish()))
+    return found, mib
+
+
+def by_file(group: LearnerGroup, engine: Any, path: Path) -> Way:
+    """Gathered on one rank."""
+    started = time.perf_counter()
+    mib = ray.get([each.__ray_call__.remote(write_file, str(path)) for each in group._actors], timeout=LIMIT_S)
+    laid_out = time.perf_counter()
+    engine_mib: Any = ray.get(engine.take_file.remote(str(path)), timeout=LIMIT_S)
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return Way(seconds, laid_out - started, mib[0], engine_mib)
+
+
+def by_shards(group: LearnerGroup, engine: Any) -> Way:
+    """From every rank."""
+    started = time.perf_counter()
+    of_rank = ray.get([each.__ray_call__.remote(publish) for each in group._actors], timeout=LIMIT_S)
+    laid_out = time.perf_counter()
+    groups = zip(*(pieces for pieces, _ in of_rank), strict=True)
+    published = Published(1, tuple(tuple(piece for piece in each if piece.rows) for each in groups))
+    engine_mib: Any = ray.get(engine.take_shards.remote(published), timeout=LIMIT_S)
+    return Way(time.perf_counter() - started, laid_out - started, of_rank[0][1], engine_mib)
+
+
+def copy_seconds(size_bytes: int) -> float:
+    """Of one memcpy of so many bytes into memory that is there, the fastest of five."""
+    source, target = np.ones(size_bytes, np.uint8), np.zeros(size_bytes, np.uint8)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def measured(size: Size, ranks: int, dtype: str, repeats: int, folder: Path) -> Row:
+    """One line of the table."""
+    model = folder / size.name
+    policy = random_policy(size, torch.device("cpu"))
+    policy.model.save_pretrained(str(model))
+    write_tokenizer(model, size.vocabulary)
+    weights = {
+        name.removeprefix("model."): each.detach().to(getattr(torch, dtype)) for name, each in policy.named_parameters()
+    }
+    learner = LearnerConfig(num_processes=ranks, num_threads=1)
+    group = LearnerGroup(Config(model=ModelConfig(dtype=dtype), learner=learner), str(model), folder / "logs")
+    engine: Any = ray.remote(Engine).options(num_cpus=0).remote(weights)
+    group.answer(group.ready(), limit_s=LIMIT_S, what="the learner to load")
+    path = SHARED_MEMORY / f"grove-benchmark-{folder.name}.safetensors"
+    ways: dict[str, list[Way]] = {"file": [], "shards": []}
+    sums = []
+    for _ in range(repeats + 1):  # the first warms up
+        ways["file"].append(by_file(group, engine, path))
+        sums.append(ray.get(engine.sums.remote(), timeout=LIMIT_S))
+        ways["shards"].append(by_shards(group, engine))
+        sums.append(ray.get(engine.sums.remote(), timeout=LIMIT_S))
+    assert all(each == sums[0] for each in sums) and any(sums[0].values()), "both ways bring the same weights"
+    group.close()
+    ray.kill(engine)
+    file, shards = (min(each[1:], key=lambda way: way.seconds) for each in ways.values())
+    size_bytes = sum(weight.nbytes for weight in weights.values())
+    ideal = 2 * copy_seconds(size_bytes)
+    row: Row = {
+        "name": f"{size.name} {dtype}, {ranks} rank{'s' if ranks > 1 else ''}",
+        "mib": round(size_bytes / 2**20),
+    }
+    for name, way in (("file", file), ("shards", shards)):
+        row |= {
+            f"{name}_seconds": way.seconds,
+            f"{name}_lay_out": way.lay_out_seconds,
+            f"{name}_take": way.seconds - way.lay_out_seconds,
+            f"{name}_rank0_mib": round(way.rank0_mib),
+            f"{name}_engine_mib": round(way.engine_mib),
+        }
+    return row | {"ratio": file.seconds / shards.seconds, "ideal": ideal, "efficiency": ideal / shards.seconds}
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A learner's folder has one; nothing here reads it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, vocabulary)}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")))
+    tokenizer.save_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measure and print; returns the table."""
+    sizes = {size.name: size for size in (TINY, SMALL, MEDIUM)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the tiny model, one rank, one repetition: does it run?")
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=["4M", "52M"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="float32")
+    chosen = parser.parse_args(arguments)
+    if chosen.quick:
+        chosen.sizes, chosen.ranks, chosen.repeats = ["tiny"], [1], 1
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
+        logging_level=logging.ERROR,
+    )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix="grove-weights-") as folder:
+            rows = [
+                measured(sizes[size], ranks, chosen.dtype, chosen.repeats, Path(folder))
+                for size in chosen.sizes
+                for ranks in chosen.ranks
+            ]
+    finally:
+        ray.shutdown()
+    report("weights", "weights from the learner to one engine", rows, own_memory=False)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
