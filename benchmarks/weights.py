@@ -53,13 +53,29 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one process did."""
+
+    seconds: float
+    mib: float
+
+
+@dataclass(frozen=True, slots=True)
 class Way:
     """One version, brought once."""
 
-    seconds: float
-    lay_out_seconds: float
-    rank0_mib: float
-    engine_mib: float
+    ranks: list[Part]
+    engine: Part
+
+    @property
+    def lay_out_seconds(self) -> float:
+        """Of the slowest rank."""
+        return max(part.seconds for part in self.ranks)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole way, without the calls between the processes, which both ways have."""
+        return self.lay_out_seconds + self.engine.seconds
 
 
 class Engine:
@@ -69,12 +85,12 @@ class Engine:
         torch.set_num_threads(1)
         self._model = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
-    def take_file(self, path: str) -> float:
-        """From a safetensors file; returns MiB."""
-        return peak_mib(lambda: self._copy(load_file(path)))
+    def take_file(self, path: str) -> Part:
+        """From a safetensors file."""
+        return measured_work(lambda: self._copy(load_file(path)))
 
-    def take_shards(self, published: Published) -> float:
-        """From the object store; returns MiB."""
+    def take_shards(self, published: Published) -> Part:
+        """From the object store."""
 
         async def fetch(ref: Any) -> list[np.ndarray]:
             return ray.get(ref)
@@ -83,7 +99,7 @@ class Engine:
             async for tensors in Arriving(published, fetch).tensors():
                 self._copy(tensors)
 
-        return peak_mib(lambda: asyncio.run(take()))
+        return measured_work(lambda: asyncio.run(take()))
 
     def sums(self) -> dict[str, float]:
         """Something that tells one version from another."""
@@ -94,17 +110,18 @@ class Engine:
             self._model[name].copy_(tensor)
 
 
-def peak_mib(work: Callable[[], Any]) -> float:
-    """Resident memory at its highest while `work` runs, above that before."""
+def measured_work(work: Callable[[], Any]) -> Part:
+    """How long `work` takes, and resident memory at its highest meanwhile, above that before."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = status_mib("VmRSS")
+    started = time.perf_counter()
     work()
-    return status_mib("VmHWM") - before
+    return Part(time.perf_counter() - started, status_mib("VmHWM") - before)
 
 
-def write_file(actor: Any, path: str) -> float:
-    """Called in every learner process: gather everything on rank 0, which writes it. Returns MiB."""
+def write_file(actor: Any, path: str) -> Part:
+    """Called in every learner process: gather everything on rank 0, which writes it."""
 
     def write() -> None:
         learner = actor._learner
@@ -114,36 +131,32 @@ def write_file(actor: Any, path: str) -> float:
             plain = plain_weights(weights, learner.cfg.model.lora)
             save_file({name: weight.to(dtype).contiguous() for name, weight in plain.items()}, path)
 
-    return peak_mib(write)
+    return measured_work(write)
 
 
-def publish(actor: Any) -> tuple[Any, float]:
-    """Called in every learner process: what it does in a run. Returns its pieces, and MiB."""
+def publish(actor: Any) -> tuple[Any, Part]:
+    """Called in every learner process: what it does in a run. Returns its pieces, too."""
     found: list[Any] = []
-    mib = peak_mib(lambda: found.extend(actor.publish()))
-    return found, mib
+    part = measured_work(lambda: found.extend(actor.publish()))
+    return found, part
 
 
 def by_file(group: LearnerGroup, engine: Any, path: Path) -> Way:
     """Gathered on one rank."""
-    started = time.perf_counter()
-    mib = ray.get([each.__ray_call__.remote(write_file, str(path)) for each in group._actors], timeout=LIMIT_S)
-    laid_out = time.perf_counter()
-    engine_mib: Any = ray.get(engine.take_file.remote(str(path)), timeout=LIMIT_S)
-    seconds = time.perf_counter() - started
+    calls = [each.__ray_call__.remote(write_file, str(path)) for each in group._actors]
+    ranks: list[Any] = ray.get(calls, timeout=LIMIT_S)
+    taken: Any = ray.get(engine.take_file.remote(str(path)), timeout=LIMIT_S)
     path.unlink()
-    return Way(seconds, laid_out - started, mib[0], engine_mib)
+    return Way(ranks, taken)
 
 
 def by_shards(group: LearnerGroup, engine: Any) -> Way:
     """From every rank."""
-    started = time.perf_counter()
-    of_rank = ray.get([each.__ray_call__.remote(publish) for each in group._actors], timeout=LIMIT_S)
-    laid_out = time.perf_counter()
+    of_rank: list[Any] = ray.get([each.__ray_call__.remote(publish) for each in group._actors], timeout=LIMIT_S)
     groups = zip(*(pieces for pieces, _ in of_rank), strict=True)
     published = Published(1, tuple(tuple(piece for piece in each if piece.rows) for each in groups))
-    engine_mib: Any = ray.get(engine.take_shards.remote(published), timeout=LIMIT_S)
-    return Way(time.perf_counter() - started, laid_out - started, of_rank[0][1], engine_mib)
+    taken: Any = ray.get(engine.take_shards.remote(published), timeout=LIMIT_S)
+    return Way([part for _, part in of_rank], taken)
 
 
 def copy_seconds(size_bytes: int) -> float:
@@ -192,9 +205,9 @@ def measured(size: Size, ranks: int, dtype: str, repeats: int, folder: Path) -> 
         row |= {
             f"{name}_seconds": way.seconds,
             f"{name}_lay_out": way.lay_out_seconds,
-            f"{name}_take": way.seconds - way.lay_out_seconds,
-            f"{name}_rank0_mib": round(way.rank0_mib),
-            f"{name}_engine_mib": round(way.engine_mib),
+            f"{name}_take": way.engine.seconds,
+            f"{name}_rank0_mib": round(way.ranks[0].mib),
+            f"{name}_engine_mib": round(way.engine.mib),
         }
     return row | {"ratio": file.seconds / shards.seconds, "ideal": ideal, "efficiency": ideal / shards.seconds}
 

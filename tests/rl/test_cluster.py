@@ -191,14 +191,11 @@ def some_prompts(room: Path) -> list[Prompt]:
     return build_prompt_source(compose(SMALL), AutoTokenizer.from_pretrained(room / "model")).draw(100, 2)
 
 
-class Holder:
-    """Says which GPUs it was given."""
-
-    def gpus(self) -> list[int]:
-        return [int(each) for each in ray.get_gpu_ids()]
-
-
 def test_a_learner_process_and_its_engine_are_given_the_very_same_gpu(nodes: Nodes):
+    class Holder:  # here, so that Ray sends it along: no other process can import a test
+        def gpus(self) -> list[int]:
+            return [int(each) for each in ray.get_gpu_ids()]
+
     nodes.add("d", num_gpus=2, num_cpus=2)  # Ray believes what it is told
     cfg = compose([*SMALL, "cluster=one_gpu", "rollout.num_workers=2"])
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
