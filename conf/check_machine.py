@@ -19,6 +19,8 @@ from conf.schema import Config, DataConfig, EngineKind, TrackerMode
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GENERATORS = ("hop_search", "textworld", "reasoning_gym", "verifiers")
+TEACHES = ("hop_search", "textworld")
+"""Generators that make demonstrations, from which a tiny model learns."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DATA_NAME = re.compile(HUB_NAME.pattern + r"(:[\w.-]+)?")
@@ -128,15 +130,24 @@ def model_exists(cfg: Config) -> list[Problem]:
 
 
 def model_fits_the_task(cfg: Config) -> list[Problem]:
-    """The tiny model knows the words of the embedded task and no others."""
-    if cfg.model.path or cfg.task.generator == "hop_search":
+    """The tiny model learns the words of a task that teaches them."""
+    if cfg.model.path:
         return []
-    return [
-        Problem(
-            f'model.path="" makes a tiny model that knows the words of hop_search only, but the task is '
-            f'"{cfg.task.name}". Give a pretrained model, e.g. model=qwen3_0_6b or model.path=/path/to/checkpoint.'
-        )
-    ]
+    if cfg.task.generator not in TEACHES:
+        return [
+            Problem(
+                f'model.path="" makes a tiny model and teaches it the words of {" or ".join(TEACHES)}, but the task is '
+                f'"{cfg.task.name}". Give a pretrained model, e.g. model=qwen3_0_6b or model.path=/path/to/checkpoint.'
+            )
+        ]
+    if cfg.task.generator == "textworld" and not cfg.task.textworld.words:
+        return [
+            Problem(
+                'model.path="" makes a tiny model, and task.textworld.words=false tells games in more words than it '
+                "can be taught. Use task.textworld.words=true, or give a pretrained model, e.g. model=qwen3_0_6b."
+            )
+        ]
+    return []
 
 
 def _model_config(cfg: Config) -> dict[str, Any]:

@@ -529,7 +529,8 @@ class WarmStartConfig:
     learning_rate: float = 2e-3
     num_demonstrations: int = 4000
     first_try_share: float = 0.25
-    """Chance that a demonstration tries the right tool first: below 1 the demonstrations are of mixed quality."""
+    """Chance that a decision of a demonstration (the tool tried first at a hop, a command of a game) is the right one
+    and not drawn by lot: below 1 the demonstrations are of mixed quality."""
     num_threads: int = 2
     """Torch threads of the warm start."""
     cache_dir: str = "runs/warm_start"
@@ -646,6 +647,8 @@ class TextWorldConfig:
     """Commands that a quest takes at least."""
     show_commands: bool = True
     """Tell the policy with every observation which commands are possible."""
+    words: bool = False
+    """Names, goals and observations in few words of a closed vocabulary, for a policy that Grove makes itself."""
     cache_dir: str = "runs/textworld"
     """Where generated games are kept."""
 

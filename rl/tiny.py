@@ -11,61 +11,50 @@ import torch
 
 from conf.errors import ConfigError
 from conf.schema import Config, TinyModelConfig
-from rollout.envs.hop_search import FIRST_NAMES, LAST_NAMES, PLAIN_WORDS, RELATIONS, TOOLS
+from rollout.envs.hop_search import WORDING
 from rollout.seeds import derive_seed
+from rollout.teaching import Wording, has_teacher, teacher_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 PAD, UNKNOWN = "<pad>", "<unk>"
-TURN_ENDS = ("</call>", "</answer>")
-"""Words that end a turn: the policy's end-of-sequence tokens."""
-MARKERS = (PAD, UNKNOWN, "<call>", "</call>", "<result>", "</result>", "<answer>", "</answer>")
-
-# A turn costs what its words cost: roles are told apart by the markers that calls, answers and results carry anyway.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if not loop.first %} {% endif -%}"
-    "{%- if message.role == 'tool' -%}<result> {{ message.content }} </result>"
-    "{%- else -%}{{ message.content }}{%- endif -%}"
-    "{%- endfor -%}"
-)
 
 
-def vocabulary() -> dict[str, int]:
-    """Every word of hop search, word -> token id."""
-    words = [*MARKERS, *PLAIN_WORDS, *TOOLS, *RELATIONS, *FIRST_NAMES, *LAST_NAMES]
+def vocabulary(wording: Wording = WORDING) -> dict[str, int]:
+    """Every word of a task, word -> token id."""
+    words = [PAD, UNKNOWN, *wording.words]
     assert len(set(words)) == len(words), "a word listed twice would have two ids"
     return {word: token_id for token_id, word in enumerate(words)}
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(wording: Wording = WORDING) -> PreTrainedTokenizerFast:
     """One token per word; words outside the vocabulary become <unk>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(vocab=vocabulary(), unk_token=UNKNOWN))
+    words = Tokenizer(models.WordLevel(vocab=vocabulary(wording), unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        eos_token="</answer>",
-        chat_template=CHAT_TEMPLATE,
+        eos_token=wording.turn_ends[-1],
+        chat_template=wording.chat_template,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
 
 
-def tiny_model(sizes: TinyModelConfig, seed: int) -> Qwen3ForCausalLM:
-    """A fresh Qwen3 in float32 whose weights depend on the sizes and the seed alone.
+def tiny_model(sizes: TinyModelConfig, seed: int, wording: Wording = WORDING) -> Qwen3ForCausalLM:
+    """A fresh Qwen3 in float32 whose weights depend on the sizes, the number of words and the seed alone.
 
     Raises: ConfigError for sizes that Qwen3 cannot have.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     _check_sizes(sizes)
-    word_ids = vocabulary()
+    word_ids = vocabulary(wording)
     config = Qwen3Config(
         vocab_size=len(word_ids),
         hidden_size=sizes.hidden_size,
@@ -78,7 +67,7 @@ def tiny_model(sizes: TinyModelConfig, seed: int) -> Qwen3ForCausalLM:
         max_position_embeddings=sizes.max_position_embeddings,
         tie_word_embeddings=True,
         pad_token_id=word_ids[PAD],
-        eos_token_id=[word_ids[word] for word in TURN_ENDS],
+        eos_token_id=[word_ids[word] for word in wording.turn_ends],
         bos_token_id=None,
         dtype="float32",
     )
@@ -102,21 +91,24 @@ def _check_sizes(sizes: TinyModelConfig) -> None:
 def write_tiny_model(folder: str | Path, cfg: Config) -> Path:
     """Write a freshly initialised tiny policy, seeded by `cfg.seed`, and return its folder.
 
+    It knows the words of the task's teacher, and where the task has none those of hop_search.
+
     Raises: ConfigError for sizes that Qwen3 cannot have.
     """
-    return save_tiny_model(folder, tiny_model(cfg.model.tiny, cfg.seed))
+    wording = teacher_of(cfg.task).wording if has_teacher(cfg.task) else WORDING
+    return save_tiny_model(folder, tiny_model(cfg.model.tiny, cfg.seed, wording), wording)
 
 
-def save_tiny_model(folder: str | Path, model: Qwen3ForCausalLM) -> Path:
+def save_tiny_model(folder: str | Path, model: Qwen3ForCausalLM, wording: Wording = WORDING) -> Path:
     """Write weights, tokenizer, chat template and generation settings, as any loader of checkpoints expects them."""
     from transformers import GenerationConfig
 
-    word_ids = vocabulary()
-    turn_ends = [word_ids[word] for word in TURN_ENDS]
+    word_ids = vocabulary(wording)
+    turn_ends = [word_ids[word] for word in wording.turn_ends]
     model.generation_config = GenerationConfig(pad_token_id=word_ids[PAD], eos_token_id=turn_ends, do_sample=True)
     with _no_progress_bar():
         model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(wording).save_pretrained(folder)
     return Path(folder)
 
 

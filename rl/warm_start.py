@@ -1,4 +1,4 @@
-"""Supervised warm start of the tiny policy: TRL's SFTTrainer on demonstrations that hop search makes itself.
+"""Supervised warm start of the tiny policy: TRL's SFTTrainer on demonstrations that the task makes itself.
 
 The only file that imports trl, and it does so inside the functions: importing this module costs and changes nothing.
 """
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conf.errors import ConfigError
-from conf.schema import Config, HopSearchConfig, WarmStartConfig
+from conf.schema import Config, WarmStartConfig
 from rl.locks import locked
 from rl.tiny import save_tiny_model, tiny_model, tiny_tokenizer
-from rollout.envs.hop_search import HopSearchRows, demonstration
 from rollout.seeds import derive_seed
+from rollout.teaching import Message, Teacher, teacher_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import Qwen3ForCausalLM, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,6 @@ WAITING = "waiting for another process that trains the warm start %s"
 
 RECIPE = 1
 """Raised whenever the recipe below changes, so that checkpoints of an older one are not reused."""
-DEMONSTRATION_HOPS = 5
-"""Demonstrations have chains of 1 to this many hops, whatever the run trains on: the demos' length is no hint."""
 WARMUP_STEPS = 30
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
@@ -57,7 +55,7 @@ def warm_started_model(cfg: Config, report: Report | None = None) -> Path:
     leaves nothing that a later run would mistake for a model.
 
     Args:
-        cfg: `model.tiny`, `model.warm_start`, `task.hop_search` and `seed` are read.
+        cfg: `model.tiny`, `model.warm_start`, the settings of the task's generator and `seed` are read.
         report: progress, as report(step, total_steps, loss).
     Raises: ConfigError when the task makes no demonstrations or a setting cannot work.
     """
@@ -71,7 +69,7 @@ def warm_started_model(cfg: Config, report: Report | None = None) -> Path:
         if folder.is_dir():
             return folder
         model = _trained_model(cfg, scratch, report or _no_report)
-        finished = save_tiny_model(Path(scratch) / "model", model)
+        finished = save_tiny_model(Path(scratch) / "model", model, teacher_of(cfg.task).wording)
         with suppress(OSError):  # another run finished the same model first: its folder is as good as ours
             finished.rename(folder)
     assert folder.is_dir(), "the rename can only lose to a finished folder"
@@ -83,11 +81,7 @@ def _no_report(step: int, total: int, loss: float) -> None:
 
 
 def _check(cfg: Config) -> None:
-    if cfg.task.generator != "hop_search":
-        raise ConfigError(
-            f'model.path is empty but task.generator="{cfg.task.generator}" makes no demonstrations to warm-start a '
-            "tiny model on: give model.path a checkpoint folder or hub name, or use task=hop_search."
-        )
+    teacher_of(cfg.task)
     settings = cfg.model.warm_start
     for name in ("num_steps", "batch_size", "num_demonstrations", "num_threads"):
         if getattr(settings, name) < 1:
@@ -103,41 +97,28 @@ def _check(cfg: Config) -> None:
 def _cache_key(cfg: Config) -> str:
     settings = asdict(cfg.model.warm_start)
     del settings["cache_dir"], settings["num_threads"]  # where and how fast, not what
-    task = cfg.task.hop_search
     read = {
         "recipe": RECIPE,
         "seed": cfg.seed,
         "tiny": asdict(cfg.model.tiny),
         "warm_start": settings,
-        "task": [task.num_tools, task.num_relations, task.num_worlds],
+        "task": teacher_of(cfg.task).settings(),
     }
     return hashlib.blake2b(json.dumps(read, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def demonstrations(task: HopSearchConfig, settings: WarmStartConfig, seed: int) -> list[dict[str, list[int]]]:
+def demonstrations(teacher: Teacher, settings: WarmStartConfig, seed: int) -> list[dict[str, list[int]]]:
     """Encoded demonstrations of mixed quality; only the policy's own turns carry labels.
 
     Returns: one dict per demonstration, `input_ids` int [T] and `labels` int [T], -100 at the question's and the
-        tools' tokens.
+        replies' tokens.
     """
-    tokenizer = tiny_tokenizer()
-    longest = min(DEMONSTRATION_HOPS, task.num_relations)
-    chains = HopSearchConfig(
-        hops=list(range(1, longest + 1)),
-        num_tools=task.num_tools,
-        num_relations=task.num_relations,
-        num_worlds=task.num_worlds,
-    )
-    rows = HopSearchRows(chains, derive_seed("demonstrations", seed), "train")
-    rng = random.Random(derive_seed("demonstration noise", seed))
-    return [
-        _labelled(rows.row(index), settings.first_try_share, rng, tokenizer)
-        for index in range(settings.num_demonstrations)
-    ]
+    tokenizer = tiny_tokenizer(teacher.wording)
+    told = teacher.demonstrations(settings.num_demonstrations, settings.first_try_share, seed)
+    return [_labelled(messages, tokenizer) for messages in told]
 
 
-def _labelled(row: dict[str, Any], first_try_share: float, rng: random.Random, tokenizer: Any) -> dict[str, list[int]]:
-    messages = [("user", row["question"]), *demonstration(row, first_try_share, rng)]
+def _labelled(messages: list[Message], tokenizer: Any) -> dict[str, list[int]]:
     input_ids: list[int] = []
     labels: list[int] = []
     for role, content in messages:
@@ -172,26 +153,33 @@ def batch_order(lengths: list[int], batch_size: int, num_steps: int, seed: int) 
 
 
 def _trained_model(cfg: Config, scratch: str, report: Report) -> Qwen3ForCausalLM:
-    settings = cfg.model.warm_start
-    model = tiny_model(cfg.model.tiny, cfg.seed)
+    settings, teacher = cfg.model.warm_start, teacher_of(cfg.task)
+    model = tiny_model(cfg.model.tiny, cfg.seed, teacher.wording)
     with _threads(settings.num_threads), _no_telemetry():
-        trainer = _trainer(model, _dataset(cfg), settings, cfg.seed, scratch, report)
+        words = tiny_tokenizer(teacher.wording)
+        trainer = _trainer(model, words, _dataset(cfg, teacher), settings, cfg.seed, scratch, report)
         trainer.train()
     return model
 
 
-def _dataset(cfg: Config) -> Dataset:
+def _dataset(cfg: Config, teacher: Teacher) -> Dataset:
     from datasets import Dataset
 
     settings = cfg.model.warm_start
-    rows = demonstrations(cfg.task.hop_search, settings, cfg.seed)
+    rows = demonstrations(teacher, settings, cfg.seed)
     lengths = [len(row["input_ids"]) for row in rows]
     order = batch_order(lengths, settings.batch_size, settings.num_steps, cfg.seed)
     return Dataset.from_list(rows).select(order)
 
 
 def _trainer(
-    model: Qwen3ForCausalLM, dataset: Dataset, settings: WarmStartConfig, seed: int, scratch: str, report: Report
+    model: Qwen3ForCausalLM,
+    words: PreTrainedTokenizerFast,
+    dataset: Dataset,
+    settings: WarmStartConfig,
+    seed: int,
+    scratch: str,
+    report: Report,
 ) -> Any:
     from transformers import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
@@ -228,7 +216,7 @@ def _trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        processing_class=tiny_tokenizer(),
+        processing_class=words,
         callbacks=[_progress_callback(report)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -71,13 +71,15 @@ class ChatEngine:
     contexts: list[list[int]] = field(default_factory=list)
     choose: Callable[[list[int], random.Random], str] | None = None
     """Another way to choose, by context."""
+    end: str = "<|im_end|>"
+    """What closes a turn."""
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         self.contexts.append(list(context_ids))
         await asyncio.sleep(0)
         rng = random.Random(sampling.seed)
         text = self.choose(context_ids, rng) if self.choose else rng.choice(self.texts)
-        token_ids = encode(self.tokenizer, text + "<|im_end|>")
+        token_ids = encode(self.tokenizer, text + self.end)
         stopped = len(token_ids) <= sampling.max_tokens
         token_ids = token_ids[: sampling.max_tokens]
         return Sampled(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from conf.errors import ConfigError, ToolError
 from conf.schema import HopSearchConfig
 from rollout.seeds import derive_seed
+from rollout.teaching import Message, Wording
 
 
 def _words(text: str) -> list[str]:
@@ -40,8 +41,24 @@ RELATIONS = _words("boss teacher friend doctor landlord rival mentor sister lawy
 TOOLS = _words("office school family clinic court city")
 PLAIN_WORDS = ("who", "is", "'s", "?", "error")
 """Words of questions and refusals beside the names, relations and tools."""
+MARKERS = ("<call>", "</call>", "<result>", "</result>", "<answer>", "</answer>")
+# A turn costs what its words cost: roles are told apart by the markers that calls, answers and results carry anyway.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if not loop.first %} {% endif -%}"
+    "{%- if message.role == 'tool' -%}<result> {{ message.content }} </result>"
+    "{%- else -%}{{ message.content }}{%- endif -%}"
+    "{%- endfor -%}"
+)
+WORDING = Wording(
+    words=(*MARKERS, *PLAIN_WORDS, *TOOLS, *RELATIONS, *FIRST_NAMES, *LAST_NAMES),
+    turn_ends=("</call>", "</answer>"),
+    chat_template=CHAT_TEMPLATE,
+)
 HELD_OUT_SHARE = 4
 """One name in so many is kept for the held-out world."""
+DEMONSTRATION_HOPS = 5
+"""Demonstrations have chains of 1 to this many hops, whatever the run trains on: the demos' length is no hint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +254,34 @@ def question_row(world: World, num_hops: int, spare_calls: int, rng: random.Rand
     }
 
 
-def demonstration(row: Mapping[str, Any], first_try_share: float, rng: random.Random) -> list[tuple[str, str]]:
+class HopSearchTeacher:
+    """Implements `rollout.teaching.Teacher`: chains of 1 to 5 hops, walked by trial and error."""
+
+    wording = WORDING
+
+    def __init__(self, config: HopSearchConfig) -> None:
+        self._config = config
+
+    def settings(self) -> list[int]:
+        """Sizes of the worlds; which chains a run asks for shows in no demonstration."""
+        return [self._config.num_tools, self._config.num_relations, self._config.num_worlds]
+
+    def demonstrations(self, num: int, right_share: float, seed: int) -> Iterator[list[Message]]:
+        """As `rollout.teaching.Teacher`; a decision is the tool tried first at a hop."""
+        longest = min(DEMONSTRATION_HOPS, self._config.num_relations)
+        chains = HopSearchConfig(
+            hops=list(range(1, longest + 1)),
+            num_tools=self._config.num_tools,
+            num_relations=self._config.num_relations,
+            num_worlds=self._config.num_worlds,
+        )
+        rows = HopSearchRows(chains, derive_seed("demonstrations", seed), "train")
+        rng = random.Random(derive_seed("demonstration noise", seed))
+        for row in map(rows.row, range(num)):
+            yield [("user", row["question"]), *demonstration(row, right_share, rng)]
+
+
+def demonstration(row: Mapping[str, Any], first_try_share: float, rng: random.Random) -> list[Message]:
     """One way to answer `row` by trial and error, as (role, text) messages after the question.
 
     Args:
@@ -245,7 +289,7 @@ def demonstration(row: Mapping[str, Any], first_try_share: float, rng: random.Ra
         first_try_share: chance that the first tool tried at a hop is the right one; otherwise the order is random.
     """
     world = parse_world(row["world"])
-    messages: list[tuple[str, str]] = []
+    messages: list[Message] = []
     for relation, person, found in zip(row["relations"], row["people"][:-1], row["people"][1:], strict=True):
         for tool in _tools_tried(world, relation, first_try_share, rng):
             messages.append(("assistant", f"<call> {tool} {relation} {person} </call>"))

@@ -13,6 +13,7 @@ from conf.errors import ConfigError
 from conf.schema import Config, HopSearchConfig, ModelConfig, TaskConfig, TinyModelConfig, WarmStartConfig
 from rl.tiny import tiny_tokenizer
 from rl.warm_start import IGNORED, batch_order, demonstrations, warm_started_model
+from rollout.envs.hop_search import HopSearchTeacher
 
 
 def small_config(cache_dir: Path, **settings: int) -> Config:
@@ -25,7 +26,7 @@ def small_config(cache_dir: Path, **settings: int) -> Config:
 
 def test_only_the_policys_own_turns_are_trained():
     tokenizer = tiny_tokenizer()
-    for row in demonstrations(HopSearchConfig(), WarmStartConfig(num_demonstrations=20), seed=0):
+    for row in demonstrations(HopSearchTeacher(HopSearchConfig()), WarmStartConfig(num_demonstrations=20), seed=0):
         trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
         assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
         words = tokenizer.decode(trained).split()
@@ -38,13 +39,13 @@ def test_only_the_policys_own_turns_are_trained():
 
 def test_a_demonstration_is_encoded_as_the_whole_conversation_would_be():
     tokenizer = tiny_tokenizer()
-    row = demonstrations(HopSearchConfig(), WarmStartConfig(num_demonstrations=1), seed=0)[0]
+    row = demonstrations(HopSearchTeacher(HopSearchConfig()), WarmStartConfig(num_demonstrations=1), seed=0)[0]
     text = tokenizer.decode(row["input_ids"])
     assert tokenizer(text)["input_ids"] == row["input_ids"]
 
 
 def test_chains_of_one_to_five_hops_are_shown_whatever_the_run_trains_on():
-    rows = demonstrations(HopSearchConfig(hops=[3]), WarmStartConfig(num_demonstrations=60), seed=0)
+    rows = demonstrations(HopSearchTeacher(HopSearchConfig(hops=[3])), WarmStartConfig(num_demonstrations=60), seed=0)
     hops = {tiny_tokenizer().decode(row["input_ids"]).split().count("'s") for row in rows}
     assert hops == {1, 2, 3, 4, 5}
 
