@@ -67,6 +67,8 @@ class StepFacts:
     """Score of the world's own that the step gained; None where the world keeps none."""
     won: bool | None = None
     """Whether the world's goal was reached with this step; None where the world does not say."""
+    progress: float | None = None
+    """Above 0 where the step brought the world's goal nearer, below where further; None where the world cannot tell."""
     answer: str | None = None
     """The final answer's text, for an answer step."""
     error: str = ""

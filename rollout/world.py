@@ -69,6 +69,8 @@ class Observed:
     """Score gained by this action alone; None where the world keeps none."""
     won: bool | None = None
     """Whether the goal is reached; None where the world does not say."""
+    progress: float | None = None
+    """Above 0 where the action brought the goal nearer, below 0 where further; None where the world cannot tell."""
     answer: str | None = None
     """The action as a final answer, for worlds that take one."""
     refused: bool = False
@@ -363,7 +365,7 @@ class WorldEnvironment:
             facts.error = str(error)
             return Turn(state=state, facts=facts, stop=StopReason.tool_crashed)
         facts.tool_ok, facts.result = not observed.refused, observed.text
-        facts.score, facts.won = observed.score, observed.won
+        facts.score, facts.won, facts.progress = observed.score, observed.won, observed.progress
         if observed.answer is not None:
             facts.kind, facts.answer = StepKind.answer, observed.answer
         lease = state.lease if self.fork is Fork.stateless else Lease(self.host)

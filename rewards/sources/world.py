@@ -1,4 +1,4 @@
-"""What a world says of a step and of an episode (`task.world`): its own score, and whether the goal was reached."""
+"""What a world says of a step and of an episode (`task.world`): its score, its progress, and whether it was won."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from rollout.tree import Node
 def world_score(step: Node) -> float | None:
     """Score that the step gained in the world; None where the world gave none, as for a turn that said nothing."""
     return step.facts.score
+
+
+def world_progress(step: Node) -> float | None:
+    """How much nearer the step brought the world's goal; None where the world cannot tell."""
+    return step.facts.progress
 
 
 def world_total(trajectory: Sequence[Node]) -> float:

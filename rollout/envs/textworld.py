@@ -184,20 +184,33 @@ def command_in(session: Any, action: str) -> str | None:
 
 
 def play(session: Any, action: str, row: Mapping[str, Any]) -> Observed:
-    """One turn, and what the game says of it; each quest's point is a share of all of them."""
+    """One turn, and what the game says of it.
+
+    Each quest's point is a share of all of them. Progress is 1 where fewer commands are needed to win than before, -1
+    where more are or the game is lost, else 0: the package knows where everything is.
+    """
     voice, command = voice_of(row), command_in(session, action)
     if command is None:
         said = [voice.refusal(session, typed_in(action)), *_offer(voice, session, row)]
-        return Observed(text=voice.joined(said), score=0.0, won=False, refused=True)
-    before = session.state.get("score") or 0
+        return Observed(text=voice.joined(said), score=0.0, won=False, progress=0.0, refused=True)
+    before, needed = session.state.get("score") or 0, len(way_to_win(session))
     state, score, done = session.step(command)
     gained = score - before
     said = [voice.answer(session, command)]
     if gained:
         said.append(voice.points(session))
     said += [voice.end(session)] if done else _offer(voice, session, row)
-    gained_share = gained / max(1, state["max_score"])
-    return Observed(text=voice.joined(said), done=bool(done), score=gained_share, won=bool(state["won"]))
+    return Observed(
+        text=voice.joined(said),
+        done=bool(done),
+        score=gained / max(1, state["max_score"]),
+        won=bool(state["won"]),
+        progress=-1.0 if state["lost"] else _sign(needed - len(way_to_win(session))),
+    )
+
+
+def _sign(number: int) -> float:
+    return float((number > 0) - (number < 0))
 
 
 def way_to_win(session: Any) -> list[str]:

@@ -16,18 +16,16 @@ from conf import check_machine
 from conf.compose import compose
 from conf.errors import ConfigError
 from conf.schema import Config, ExpanderKind, RolloutConfig, TaskConfig, TextWorldConfig
-from rewards.sources.textworld import progress
 from rl.tiny import tiny_tokenizer
 from rollout.chat import build_environment
 from rollout.data import PromptEncoder
-from rollout.envs.textworld import TextWorld, TextWorldRows, load_game, make_game, play, start_game, way_to_win
+from rollout.envs.textworld import TextWorldRows, load_game, make_game, play, start_game, way_to_win
 from rollout.envs.textworld_teacher import LONGEST, TextWorldTeacher, demonstration
 from rollout.envs.textworld_words import NAMES, WORDING, rename
 from rollout.expand import build_expander
 from rollout.grow import grow_tree
 from rollout.teaching import TEACHERS, Message, teacher_of
-from rollout.tree import ROOT, Node
-from rollout.types import Prompt, StepFacts, StepKind, StopReason
+from rollout.types import Prompt
 
 pytestmark = pytest.mark.skipif(
     find_spec("textworld") is None, reason="needs the package textworld: pip install -r requirements/envs.txt"
@@ -184,31 +182,13 @@ def test_only_games_in_words_are_taught():
 
 
 def test_progress_is_whether_fewer_commands_are_needed(cfg: Config):
-    row = next(each for each in rows_of(cfg, "train", 24) if each["answer"].count(";") == 3)
-    way = row["answer"].split("; ")
-    prompt = Prompt(id="a", token_ids=(1,), question=row["question"], answer="", data=row)
-
-    def judged(typed: list[str]) -> list[float]:
-        world, steps, scores = TextWorld(), [], []
-        session, _ = world.reset(prompt)
-        for command in typed:
-            observed = world.act(session, command)
-            steps.append(step(command, ok=not observed.refused))
-            scores.append(progress(steps[-1], steps, game=row["game"], folder=row["folder"]))
-        return scores
-
-    assert judged(way) == [1.0] * 4
-    assert judged(["look", "dance", way[0], "inventory"]) == [0.0, -1.0, 1.0, 0.0]
-
-
-def test_progress_of_going_astray_is_negative(cfg: Config):
     row = next(each for each in rows_of(cfg, "train", 24) if each["answer"].startswith("go "))
-    back = {"north": "south", "south": "north", "east": "west", "west": "east"}
-    there = row["answer"].split("; ")[0]
-    steps = [step(there), step(f"go {back[there.split()[1]]}")]
-    assert progress(steps[1], steps, game=row["game"], folder=row["folder"]) == -1.0
+    way = row["answer"].split("; ")
+    back = {"go north": "go south", "go south": "go north", "go east": "go west", "go west": "go east"}[way[0]]
 
+    def judged(typed: list[str]) -> list[float | None]:
+        session = start_game(game_of(row))
+        return [play(session, command, row).progress for command in typed]
 
-def step(command: str, ok: bool = True) -> Node:
-    facts = StepFacts(kind=StepKind.call, tool="world", arguments={"action": command}, tool_ok=ok)
-    return Node(parent=ROOT, action_ids=[1], action_logprobs=[-1.0], facts=facts, stop=StopReason.continues, version=0)
+    assert judged(way) == [1.0] * len(way)
+    assert judged(["look", "dance", way[0], back, "inventory"]) == [0.0, 0.0, 1.0, -1.0, 0.0]
