@@ -1,6 +1,6 @@
 """TextWorld: does a policy get better at games it never played, and which rewards make it?
 
-    python -m benchmarks.textworld [--seeds 0 1 2] [--rewards points outcome progress] [--steps 40]
+    python -m benchmarks.textworld [--seeds 0 1 2] [--rewards points outcome progress] [--steps 40] [KEY=VALUE ...]
 
 Each run is `experiment=textworld_small seed=S` with other credit: `outcome` is GRPO on whether the game was won,
 `points` adds the game's own points for every command (the experiment as it is), `progress` adds instead whether a
@@ -54,8 +54,10 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=["points", "outcome"], choices=list(REWARDS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=40, help="of a run (default: %(default)s)")
     parser.add_argument("--image", type=Path, default=IMAGE, help="where the curve goes (default: %(default)s)")
-    options = parser.parse_args()
-    chosen = {name: [config(name, seed, options.steps) for seed in options.seeds] for name in options.rewards}
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
+    options = parser.parse_intermixed_args()
+    further = [f"run.num_steps={options.steps}", *options.overrides]
+    chosen = {name: [config(name, seed, further) for seed in options.seeds] for name in options.rewards}
     for of_a_seed in zip(*chosen.values(), strict=True):
         missing = [cfg for cfg in of_a_seed if not summary_of(cfg).exists()]
         if missing:
@@ -67,14 +69,14 @@ def main() -> None:
     print(played(next(iter(chosen.values()))[0]))
 
 
-def config(name: str, seed: int, num_steps: int) -> Config:
+def config(name: str, seed: int, further: list[str]) -> Config:
     """One run."""
     folder = OUT / "textworld" / f"{name}-seed{seed}"
     quiet = ["run.record_every_steps=0", "run.checkpoint_every_steps=0", "tracker=disabled"]
-    place = [f"seed={seed}", f"run.dir={folder}", f"run.name={name}", "run.resume=true", f"run.num_steps={num_steps}"]
+    place = [f"seed={seed}", f"run.dir={folder}", f"run.name={name}", "run.resume=true"]
     # Runs that take turns share the parts that score, so all of them score everything.
     scored = ["rewards.sources.progress.weight=1"]
-    return compose(["experiment=textworld_small", *REWARDS[name], *scored, *quiet, *place])
+    return compose(["experiment=textworld_small", *REWARDS[name], *scored, *quiet, *place, *further])
 
 
 def curve(cfg: Config) -> Curve:
