@@ -60,6 +60,7 @@ from rl.warm_start import demonstrations as task_demonstrations
 from rollout.chat import build_environment
 from rollout.data import PromptSource, build_prompt_source
 from rollout.seeds import derive_seed
+from rollout.teaching import teacher_of
 from rollout.toolbox import task_tools
 from rollout.tools import ToolOutcome
 
@@ -276,8 +277,9 @@ class _Rehearsal:
                 model = write_stand_in(given, folder, self.cfg.seed)
                 sizes = sizes_of(AutoConfig.from_pretrained(given), self.cfg)
             else:
-                model = tiny_model(watched(self.cfg.model.tiny, self.reads, "model.tiny"), self.cfg.seed)
-                save_tiny_model(folder, model)
+                wording = teacher_of(self.cfg.task).wording
+                model = tiny_model(watched(self.cfg.model.tiny, self.reads, "model.tiny"), self.cfg.seed, wording)
+                save_tiny_model(folder, model, wording)
                 sizes = sizes_of(model.config, self.cfg)
             self.found.memory = memory(self.cfg, sizes, on_gpu=self.on_gpu, gpu_bytes=self.gpu_bytes)
             text, parameters = model.config.get_text_config(), sum(each.numel() for each in model.parameters())
@@ -324,7 +326,7 @@ class _Rehearsal:
                 shown = asyncio.run(demonstrations(self.cfg, tokenizer, environment, tools, self.prompts))
             else:
                 warm_start = replace(self.cfg.model.warm_start, num_demonstrations=DEMONSTRATIONS)
-                rows = task_demonstrations(self.cfg.task.hop_search, warm_start, self.cfg.seed)
+                rows = task_demonstrations(teacher_of(self.cfg.task), warm_start, self.cfg.seed)
                 shown = [Shown(row["input_ids"], [label != IGNORED for label in row["labels"]]) for row in rows]
             self.turn_tokens = max(LEAST_TURN_TOKENS, longest_turn(shown) + TURN_MARGIN)
             loss = teach(model, shown, self.cfg.seed)
