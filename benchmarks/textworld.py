@@ -1,10 +1,10 @@
 """TextWorld: does a policy get better at games it never played, and which rewards make it?
 
-    python -m benchmarks.textworld [--seeds 0 1 2] [--rewards points outcome progress] [--steps 40] [KEY=VALUE ...]
+    python -m benchmarks.textworld [--seeds 0 1 2] [--rewards progress points outcome] [--steps 40] [KEY=VALUE ...]
 
 Each run is `experiment=textworld_small seed=S` with other credit: `outcome` is GRPO on whether the game was won,
-`points` adds the game's own points for every command (the experiment as it is), `progress` adds instead whether a
-command brought the end nearer, which the package knows. All else is equal, warm start and engines of the seed too.
+`progress` adds whether each command brought the end nearer, which the package knows (the experiment as it is), and
+`points` adds the game's points instead. All else is equal, warm start and engines of the seed too.
 Runs lie in benchmarks/out/textworld/; a finished one is not run again, so the command continues where it was stopped.
 Writes the curve, docs/images/textworld.svg, and plays one held-out game.
 """
@@ -27,17 +27,17 @@ from rl.metrics import read_metrics
 from rl.run_folder import RunFolder
 
 REWARDS = {
-    "points": ("credit=chain_step",),
-    "progress": (
+    "progress": ("credit=chain_step",),
+    "points": (
         "credit=chain_step",
         "~credit.terms.step.signals.step",
-        "+credit.terms.step.signals.progress={}",
+        "+credit.terms.step.signals.points={}",
     ),
     "outcome": ("credit=grpo",),
 }
 LABELS = {
+    "progress": "outcome and progress of each command",
     "points": "outcome and the game's points",
-    "progress": "outcome and progress",
     "outcome": "outcome alone (GRPO)",
 }
 COLOURS = {"points": "#2563a8", "progress": "#2e8b57", "outcome": "#c2571a"}
@@ -51,7 +51,7 @@ def main() -> None:
     """Train what is missing, print, draw, play, write benchmarks/out/textworld.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rewards", nargs="+", default=["points", "outcome"], choices=list(REWARDS), metavar="NAME")
+    parser.add_argument("--rewards", nargs="+", default=["progress", "outcome"], choices=list(REWARDS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=40, help="of a run (default: %(default)s)")
     parser.add_argument("--image", type=Path, default=IMAGE, help="where the curve goes (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
@@ -75,7 +75,7 @@ def config(name: str, seed: int, further: list[str]) -> Config:
     quiet = ["run.record_every_steps=0", "run.checkpoint_every_steps=0", "tracker=disabled"]
     place = [f"seed={seed}", f"run.dir={folder}", f"run.name={name}", "run.resume=true"]
     # Runs that take turns share the parts that score, so all of them score everything.
-    scored = ["rewards.sources.progress.weight=1"]
+    scored = ["rewards.sources.score.weight=1"]
     return compose(["experiment=textworld_small", *REWARDS[name], *scored, *quiet, *place, *further])
 
 

@@ -73,6 +73,7 @@ class ChatEngine:
     """Another way to choose, by context."""
     end: str = "<|im_end|>"
     """What closes a turn."""
+    version: int = 0
 
     async def sample(self, context_ids: list[int], sampling: Sampling) -> Sampled:
         self.contexts.append(list(context_ids))

@@ -25,7 +25,7 @@ SMALL = [
 ]
 
 
-def test_a_policy_made_from_nothing_plays_and_is_trained_by_points(tmp_path: Path):
+def test_a_policy_made_from_nothing_plays_and_is_trained_by_progress(tmp_path: Path):
     places = [f"run.dir={tmp_path / 'run'}", f"model.warm_start.cache_dir={tmp_path / 'warm_start'}"]
     places.append(f"task.textworld.cache_dir={tmp_path / 'games'}")
     command = [sys.executable, "-m", "rl.cli", "train", *SMALL, *places]
