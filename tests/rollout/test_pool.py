@@ -1,0 +1,99 @@
+"""Three engines and one seed law: who grows a tree, and who dies meanwhile, leaves no trace in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import ray
+from transformers import AutoTokenizer
+
+from conf.compose import compose
+from conf.schema import Config, ExpanderKind, RolloutConfig, Survivors
+from rl.tiny import write_tiny_model
+from rollout.data import build_prompt_source
+from rollout.pool import RolloutPool
+from rollout.tree import Node, Tree
+from rollout.types import Prompt
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+
+@ray.remote(num_cpus=0)
+class LongStepsAreGood:
+    """A judge of growing trees: the more tokens, the better. It takes its time with all but the first prompt, so that
+    every worker is in the middle of something when that one's tree is there."""
+
+    async def judge(self, source: str, tree: Tree, rows: list[int]) -> list[float | None]:
+        await asyncio.sleep(0.0 if tree.prompt.id.endswith("/0") else 0.2)
+        return [len(tree.nodes[row].action_ids) / 24 for row in rows]
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    deep = ["task.on_malformed=reply", "rollout.max_turn_tokens=24", "rollout.max_steps=4"]
+    three = ["rollout.num_workers=3", "rollout.max_worker_restarts=0", "rollout.kv_cache_mib=64"]
+    return compose(["experiment=hop_search", *deep, *three, "rollout.judge=progress"])
+
+
+@pytest.fixture(scope="module")
+def model_path(cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", cfg))
+
+
+@pytest.fixture(scope="module")
+def prompts(cfg: Config, model_path: str) -> list[Prompt]:
+    return build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).draw(0, 9)
+
+
+@pytest.fixture(scope="module")
+def pool(cfg: Config, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    running = RolloutPool(cfg, model_path, tmp_path_factory.mktemp("logs"), judge_actor=LongStepsAreGood.remote())
+    yield running
+    running.close()
+    ray.shutdown()
+
+
+def ways_to_grow(cfg: Config) -> list[RolloutConfig]:
+    """Of steps that a judge lets live, of tokens that surprise, and of a search that the judge leads."""
+    return [
+        replace(cfg.rollout, expander=ExpanderKind.beam_forks, num_leaves=6, survivors=Survivors.scored),
+        replace(cfg.rollout, expander=ExpanderKind.entropy_expand, keep_leaves=0),
+        replace(cfg.rollout, expander=ExpanderKind.mcts, search_simulations=8, max_forks=3),
+    ]
+
+
+def content(trees: list[tuple[int, Tree]]) -> list[list[Node]]:
+    """All of every tree, down to the bits of its log-probabilities, but for what an engine happened to have cached."""
+    return [[replace(node, num_cached_tokens=0) for node in tree.nodes] for _, tree in sorted(trees)]
+
+
+def grown(pool: RolloutPool, prompts: list[Prompt], cfg: Config) -> list[list[list[Node]]]:
+    return [content(list(pool.grow(prompts, 5, each))) for each in ways_to_grow(cfg)]
+
+
+def grown_while_one_dies(pool: RolloutPool, prompts: list[Prompt], rollout: RolloutConfig) -> list[list[Node]]:
+    victim, num_workers = pool.worker_pids()[0], len(pool.actors())
+    growing = pool.grow(prompts, 5, rollout)
+    trees = [next(growing)]
+    os.kill(victim, signal.SIGKILL)
+    trees += growing
+    assert len(pool.actors()) == num_workers - 1, "rollout.max_worker_restarts=0: those that are left go on"
+    return content(trees)
+
+
+def test_the_same_seeds_give_the_same_trees_on_three_workers_with_one_killed_and_on_one(
+    pool: RolloutPool, prompts: list[Prompt], cfg: Config
+):
+    beams, surprises, searches = grown(pool, prompts, cfg)
+    assert all(len({len(nodes) for nodes in trees}) > 1 for trees in (beams, surprises)), "no two trees are alike"
+    assert grown_while_one_dies(pool, prompts, ways_to_grow(cfg)[0]) == beams
+    assert grown_while_one_dies(pool, prompts, ways_to_grow(cfg)[2]) == searches
+    assert len(pool.actors()) == 1
+    assert grown(pool, prompts, cfg) == [beams, surprises, searches]
