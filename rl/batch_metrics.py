@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from rewards.sources.outcome import exact_match
 from rewards.types import Score, ScoredTree, ScoreStatus
-from rollout.cost import measured
+from rollout.cost import lengths_of, measured
 from rollout.tree import ROOT, Tree
 from rollout.types import StopReason
 
@@ -31,7 +31,6 @@ def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
     context = sum(_context_tokens(tree) for tree in trees)
     shares = {
         "rollout/success_share": (sum(judged), len(judged)),
-        "rollout/steps_per_trajectory": (sum(tree.num_turns(leaf) for tree, leaf in trained), len(trained)),
         "rollout/cached_token_share": (cached, context),
         "rollout/tool_ok_share": (sum(tool_ok), len(tool_ok)),
         "rollout/tokens_per_second": (generated, seconds),
@@ -41,11 +40,20 @@ def rollout_metrics(trees: list[Tree], seconds: float) -> dict[str, float]:
     counts: dict[str, float] = {
         "rollout/generated_tokens": generated,
         "rollout/trajectories": len(trained),
+        "rollout/trees": len(trees),
+        "rollout/requests": cost.steps,
         "rollout/uncached_tokens": cost.prefilled,
         "rollout/cached_tokens": cost.cached,
     }
-    if math.isfinite(cost.generated_share):
-        counts["rollout/generated_share_of_chains"] = cost.generated_share
+    steps, lengths = lengths_of(trees)
+    means = {
+        "rollout/generated_share_of_chains": cost.generated_share,
+        "rollout/steps_per_trajectory": steps,
+        "rollout/tokens_per_prompt": lengths.prompt_tokens,
+        "rollout/tokens_per_turn": lengths.turn_tokens,
+        "rollout/tokens_per_reply": lengths.observation_tokens or math.nan,  # there were none
+    }
+    counts |= {name: value for name, value in means.items() if math.isfinite(value)}
     return counts | {name: part / whole for name, (part, whole) in shares.items() if whole}
 
 

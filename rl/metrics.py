@@ -91,6 +91,11 @@ METRICS: tuple[Metric, ...] = (
         "tokens that as many independent trajectories would have sampled",
         Better.lower,
     ),
+    Metric("rollout/trees", "trees that were grown", "this step"),
+    Metric("rollout/requests", "times that an engine was asked to sample", "this step", Better.lower),
+    Metric("rollout/tokens_per_prompt", "tokens of a prompt", "trees"),
+    Metric("rollout/tokens_per_turn", "tokens sampled in a turn", "turns of trajectories with an outcome"),
+    Metric("rollout/tokens_per_reply", "tokens of what the environment replied", "replies"),
     Metric("rollout/trajectories", "trajectories that may be scored and trained", "this step"),
     Metric("rollout/steps_per_trajectory", "steps from the prompt to the end", "trained trajectories"),
     Metric(

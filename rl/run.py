@@ -29,6 +29,7 @@ from rl.launch import Parts, launched, write_ray_timeline
 from rl.metrics import MetricsLog
 from rl.model import resolve_model
 from rl.outcomes import successes_of, write_outcomes
+from rl.plan import cost_table, write_plan
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.prm_actor import PrmHandle
 from rl.policy.tree_credits import tree_credits
@@ -88,7 +89,9 @@ def opened_run(cfg: Config) -> Iterator[Run]:
         with progress.stage("model"):
             model_path = resolve_model(cfg, progress.warm_start)
         source = _prompt_source(cfg, model_path)
-        build_sources(cfg.rewards, source.draw(0, 1)[0].data.keys())  # now that the columns are known, by name
+        prompts = source.draw(0, cfg.rollout.prompts_per_step)
+        build_sources(cfg.rewards, prompts[0].data.keys())  # now that the columns are known, by name
+        progress.note(write_plan(cfg.rollout, prompts, folder))
         tracker = Tracker(cfg.tracker, folder.path, cfg.run.name, settings(cfg))
         stack.callback(tracker.finish)
         with progress.stage("start"):
@@ -415,6 +418,7 @@ class Run:
         self._progress.update(self.state.step, self._metrics)
 
     def _summary(self) -> dict[str, Any]:
+        assert self._log is not None, "the run was restored before it ended"
         return {
             "success_before": self.state.success_before,
             "success_after": self.state.success_after,
@@ -422,6 +426,7 @@ class Run:
             "steps": self.state.step,
             "generated_tokens": self.state.generated_tokens,
             "trained_tokens": self.state.trained_tokens,
+            "cost_per_tree": cost_table(self.cfg.rollout, self._log.rows),
             "seconds": self.state.seconds,
             "stage_seconds": self.state.stage_seconds,
             "worker_restarts": self._parts.pool.num_restarts,

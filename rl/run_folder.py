@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "versions.json"
 
     @property
+    def plan(self) -> Path:
+        """What growing a tree was foreseen to cost when the run began (`rl.plan`)."""
+        return self.path / "plan.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object per step (`rl.metrics`)."""
         return self.path / "metrics.jsonl"
@@ -116,6 +121,14 @@ class RunFolder:
     def evaluation_files(self) -> list[Path]:
         """Files of evaluations in training, oldest first."""
         return sorted(self.evaluations.glob("step_*.jsonl"))
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write plan.json."""
+        write_json(self.plan, plan)
+
+    def read_plan(self) -> dict[str, Any]:
+        """The plan, or {} for a run that began without one."""
+        return json.loads(self.plan.read_text(encoding="utf-8")) if self.plan.exists() else {}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""

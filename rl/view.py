@@ -22,6 +22,7 @@ from rich.tree import Tree as TextTree
 from conf.errors import DataError
 from rewards.types import Score, ScoreStatus
 from rl.metrics import read_metrics
+from rl.plan import LIMITS, PARTS
 from rl.record import RecordedTree, read_trees
 from rl.run_folder import RunFolder
 from rl.view_time import duration_text, time_section
@@ -215,6 +216,7 @@ def _page(run: _Run) -> str:
         _curve(run),
         _settings(run),
         time_section(run.series),
+        _cost(run),
         _rewards(run),
         _tree_section(run),
     )
@@ -266,6 +268,21 @@ def _settings(run: _Run) -> str:
     }
     cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<section><h2>Settings</h2><table>{cells}</table></section>"
+
+
+def _cost(run: _Run) -> str:
+    """What a tree was foreseen to cost and what it did, side by side."""
+    plan = run.folder.read_plan()
+    lines = {LIMITS: plan[LIMITS]} if LIMITS in plan else {}
+    lines |= run.summary.get("cost_per_tree", {})
+    if not lines:
+        return ""
+    head = "".join(f"<th>{part}</th>" for part in ("", *PARTS))
+    rows = "".join(
+        f"<tr><th>{name}</th>{''.join(f'<td>{parts[part]:,.1f}</td>' for part in PARTS)}</tr>"
+        for name, parts in lines.items()
+    )
+    return f"<section><h2>Cost of a tree</h2><table class=numbers><tr>{head}</tr>{rows}</table></section>"
 
 
 def _rewards(run: _Run) -> str:

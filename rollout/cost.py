@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from conf.schema import ExpanderKind, RolloutConfig, Survivors
 from rollout.tree import ROOT, Tree
@@ -206,6 +206,12 @@ def predicted(cfg: RolloutConfig, length: int, lengths: Lengths) -> Cost | None:
     )
 
 
+def chains_cost(num: float, length: int, lengths: Lengths) -> Cost:
+    """What as many independent chains cost, each computing its prompt and its observations once: nothing is shared."""
+    cost, prompts = cost_of(chains_shape(num, length), lengths), (num - 1) * lengths.prompt_tokens
+    return replace(cost, prefilled=cost.prefilled + prompts, cached=cost.cached - prompts)
+
+
 def cost_of(shape: Shape, lengths: Lengths) -> Cost:
     """Tokens of a tree of this shape: the prompt is computed once, and each observation that is followed once."""
     step = lengths.turn_tokens + lengths.observation_tokens
@@ -220,6 +226,27 @@ def cost_of(shape: Shape, lengths: Lengths) -> Cost:
         trajectories=shape.leaves,
         chains_generated=shape.leaves * len(shape.steps_D) * lengths.turn_tokens,
     )
+
+
+def lengths_of(trees: Iterable[Tree]) -> tuple[float, Lengths]:
+    """What the trajectories of grown trees were like, on average, each by itself: turns of one, and its tokens.
+
+    Returns: nan where there is no trajectory.
+    """
+    trees = list(trees)
+    ends = [(tree, leaf) for tree in trees for leaf in tree.outcome_leaves()]
+    sampled = sum(len(tree.nodes[row].action_ids) for tree, leaf in ends for row in tree.path(leaf))
+    turns = sum(tree.num_turns(leaf) for tree, leaf in ends)
+    replies = [len(node.observation_ids) for tree in trees for node in tree.nodes if node.observation_ids]
+    return _mean(turns, len(ends)), Lengths(
+        prompt_tokens=_mean(sum(len(tree.prompt.token_ids) for tree in trees), len(trees)),
+        turn_tokens=_mean(sampled, turns),
+        observation_tokens=sum(replies) / len(replies) if replies else 0.0,
+    )
+
+
+def _mean(total: float, num: int) -> float:
+    return total / num if num else math.nan
 
 
 def measured(trees: Iterable[Tree]) -> Cost:

@@ -24,6 +24,9 @@ def test_rollout_metrics_of_a_tree_that_can_be_counted_by_hand():
     assert metrics["rollout/success_share"] == pytest.approx(1 / 3)
     assert metrics["rollout/steps_per_trajectory"] == pytest.approx((2 + 2 + 1) / 3)
     assert metrics["rollout/cached_token_share"] == pytest.approx(3 / (1 + 4 + 4 + 1))
+    assert (metrics["rollout/trees"], metrics["rollout/requests"]) == (1, 4)
+    assert (metrics["rollout/tokens_per_prompt"], metrics["rollout/tokens_per_turn"]) == (1, 1)
+    assert metrics["rollout/tokens_per_reply"] == 2
     assert metrics["rollout/tool_ok_share"] == pytest.approx(1 / 2)
     assert metrics["rollout/stop_answered_share"] == pytest.approx(2 / 3)
     assert metrics["rollout/stop_call_budget_share"] == pytest.approx(1 / 3)
@@ -49,7 +52,7 @@ def test_a_share_of_nothing_is_left_out_rather_than_called_zero():
     without_reference = rollout_metrics([parse_tree("q -> a")], seconds=1.0)
     assert "rollout/success_share" not in without_reference
     assert "rollout/tool_ok_share" not in without_reference
-    counts = ("generated_tokens", "trajectories", "uncached_tokens", "cached_tokens")
+    counts = ("generated_tokens", "trajectories", "trees", "requests", "uncached_tokens", "cached_tokens")
     assert rollout_metrics([], seconds=0.0) == {f"rollout/{name}": 0 for name in counts}
 
 

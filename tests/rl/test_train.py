@@ -75,6 +75,10 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Path):
     for key in ("success_before", "success_after", "generated_tokens", "trained_tokens", "seconds", "versions"):
         assert summary[key] is not None, key
     assert set(summary["stage_seconds"]) >= {"grow", "score", "credit", "update", "publish", "eval", "checkpoint"}
+    assert {"foreseen", "measured"} <= set(summary["cost_per_tree"]), (
+        "what trees were foreseen to cost, and what they did"
+    )
+    assert "growing with" in json.loads((whole / "plan.json").read_text())["text"]
     assert summary["steps"] == STEPS and 0 < summary["trained_tokens"] <= summary["generated_tokens"]
 
 

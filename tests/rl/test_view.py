@@ -11,6 +11,7 @@ from conf.schema import Config
 from rewards.drawn import parse_scored
 from rewards.types import Score, ScoredTree
 from rl.metrics import MetricsLog
+from rl.plan import LIMITS, PARTS
 from rl.record import Advantages, RecordedTree, write_records
 from rl.run_folder import RunFolder, open_run_folder, settings
 from rl.view import choose_tree, draw_tree_text, duration_text, running_mean, succeeded, tree_html, write_report
@@ -103,6 +104,16 @@ def test_the_report_tells_the_run_from_its_folder_alone(tmp_path):
     assert "update 20 s 25%" in words
     assert "judge 0.100 0.200" in words
     assert "One tree of step 2" in words
+
+
+def test_the_report_has_what_was_foreseen_beside_what_a_tree_did_cost(tmp_path):
+    folder = sample_run(tmp_path)
+    parts = dict.fromkeys(PARTS, 8.0)
+    folder.write_plan({"text": "growing", LIMITS: parts})
+    folder.write_summary({"cost_per_tree": {"foreseen": parts | {"steps": 64.0}, "measured": parts | {"steps": 63.5}}})
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page_of(folder)))
+    assert "Cost of a tree trajectories steps generated" in words
+    assert "at the limits 8.0 8.0" in words and "foreseen 8.0 64.0" in words and "measured 8.0 63.5" in words
 
 
 def test_the_report_is_whole_fetches_nothing_and_has_its_curve_inside(tmp_path):
