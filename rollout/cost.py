@@ -65,6 +65,11 @@ class Cost:
         return Cost(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(Cost)})
 
     @property
+    def computed(self) -> float:
+        """Tokens that went through the model: of a request, what was not cached and all it sampled but the last."""
+        return self.prefilled + self.generated - self.steps
+
+    @property
     def generated_share(self) -> float:
         """Sampled tokens, in those that independent chains need for as many trajectories; below 1 the tree saves."""
         return self.generated / self.chains_generated if self.chains_generated else math.nan
@@ -247,6 +252,18 @@ def lengths_of(trees: Iterable[Tree]) -> tuple[float, Lengths]:
 
 def _mean(total: float, num: int) -> float:
     return total / num if num else math.nan
+
+
+def unique_tokens(tree: Tree) -> int:
+    """Tokens of a tree that something was sampled behind: an engine that forgets nothing computes each of them once.
+
+    The last token of a trajectory is sampled and never read, and neither is a reply that ends one.
+    """
+    followed = {node.parent for node in tree.nodes}
+    return len(tree.prompt.token_ids) + sum(
+        len(node.action_ids) + len(node.observation_ids) if row in followed else max(len(node.action_ids) - 1, 0)
+        for row, node in enumerate(tree.nodes)
+    )
 
 
 def measured(trees: Iterable[Tree]) -> Cost:

@@ -13,7 +13,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
 
 from conf.errors import EngineLost
 from conf.schema import Config, Placement
@@ -57,6 +58,20 @@ SLEEP_LEVEL = 1
 or leaves a layer out, wakes up with noise."""
 CPU_BLOCK_TOKENS = 32
 """Smallest prefix-cache block that vLLM's CPU attention takes; its default of 128 would miss most short prefixes."""
+
+
+VLLM_COUNTERS = ("prompt_tokens", "prompt_tokens_cached", "generation_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """An engine's own account of its tokens."""
+
+    context: int
+    """Of all requests."""
+    cached: int
+    """Of them, found in the prefix cache."""
+    generated: int
 
 
 @dataclass
@@ -166,11 +181,15 @@ class VllmEngine:
     process: on two cores two workers with one process each are faster than with two, and start sooner.
     """
 
-    def __init__(self, cfg: Config, model_path: str) -> None:
-        """Load the model; takes seconds. Needs a running event loop."""
+    def __init__(self, cfg: Config, model_path: str, *, counts_tokens: bool = False) -> None:
+        """Load the model; takes seconds. Needs a running event loop.
+
+        Args:
+            counts_tokens: let vLLM keep its own account, for `token_counts`.
+        """
         self.version = 0
         self._ids = itertools.count()
-        args = engine_args(cfg, model_path)
+        args = replace(engine_args(cfg, model_path), disable_log_stats=not counts_tokens)
         self._served = serve(args, own_processes=cfg.rollout.engine_processes)
         self._transfer_ready = self._sleeps = False
 
@@ -216,6 +235,11 @@ class VllmEngine:
         if not self._sleeps:
             self._sleeps = True
             await self._served.sleep()
+
+    def token_counts(self) -> TokenCounts:
+        """What vLLM itself has counted since it started; needs `counts_tokens`, and is of all engines of a process."""
+        values = {each.name: each.value for each in get_metrics_snapshot() if isinstance(each, Counter)}
+        return TokenCounts(*(int(values[f"vllm:{name}"]) for name in VLLM_COUNTERS))
 
     async def close(self) -> None:
         """Stop vLLM's threads and child processes and release its shared memory."""

@@ -135,18 +135,39 @@ def test_the_canary_stops_a_run_whose_engines_serve_other_weights(
         parts.publisher.publish(3, grow(parts, prompts))
 
 
+def keep_the_cache(worker: Any) -> None:
+    """Break a worker's engine: it says that it has dropped its prefix cache, and has not."""
+    worker._engine._served._engine.reset_prefix_cache = lambda **_: True
+
+
+def drop_the_cache(worker: Any) -> None:
+    del worker._engine._served._engine.reset_prefix_cache
+
+
+def test_the_canary_stops_a_run_whose_engines_kept_what_older_weights_had_cached(parts: Parts, prompts: list[Prompt]):
+    assert parts.publisher is not None
+    trees = grow(parts, prompts)  # behind contexts that are cached now, by the other weights of the test before
+    for change, version in ((keep_the_cache, 4), (drop_the_cache, 5)):
+        ray.get([actor.__ray_call__.remote(change) for actor in parts.pool.actors()], timeout=60)
+        if change is keep_the_cache:
+            with pytest.raises(StaleWeights, match="differ from the learner's"):
+                parts.publisher.publish(version, trees)
+        else:  # nothing else was wrong
+            assert parts.publisher.publish(version, trees)["weights/canary_gap_nats"] < 1e-4
+
+
 def test_weights_that_are_damaged_on_their_way_are_sent_again_and_once_only(
     parts: Parts, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ):
     assert parts.publisher is not None
     publish, trees = learner_of(parts).publish, grow(parts, prompts[:2])
     monkeypatch.setattr(learner_of(parts), "publish", damaged(publish, times=1))
-    assert parts.publisher.publish(4, trees)["weights/canary_gap_nats"] < 1e-4
+    assert parts.publisher.publish(6, trees)["weights/canary_gap_nats"] < 1e-4
     monkeypatch.setattr(learner_of(parts), "publish", damaged(publish, times=2))
     with pytest.raises(DamagedWeights, match="arrived with checksum"):
-        parts.publisher.publish(5, trees)
+        parts.publisher.publish(7, trees)
     monkeypatch.setattr(learner_of(parts), "publish", publish)
-    assert parts.publisher.publish(6, trees)["weights/canary_gap_nats"] < 1e-4, "the engines waited for better ones"
+    assert parts.publisher.publish(8, trees)["weights/canary_gap_nats"] < 1e-4, "the engines waited for better ones"
 
 
 def spoilt(publish: Callable[..., Published]) -> Callable[..., Published]:

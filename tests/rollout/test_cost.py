@@ -29,6 +29,7 @@ from rollout.cost import (
     segment_edges,
     segment_tokens,
     shape_of,
+    unique_tokens,
 )
 from rollout.expand import build_expander
 from rollout.grow import grow_tree
@@ -130,6 +131,19 @@ def test_a_tree_is_measured_against_its_own_trajectories():
     assert (cost.generated, cost.trajectories) == (8, 6)
     assert cost.chains_generated == 2 * (2 + 2 + 1)
     assert cost.generated_share == 0.8
+
+
+def test_an_engine_that_forgets_nothing_computes_every_token_once_but_the_last_of_each_path():
+    # q is 1 token, a step 3, a reply 2: a and its reply are read by a1 and a2, whose last tokens are read by nobody
+    tree = parse_tree("q -> (a -> (a1, a2), b)", observation_tokens=2)
+    for node in tree.nodes:
+        node.action_ids, node.action_logprobs = [1, 2, 3], [-1.0] * 3
+    assert unique_tokens(tree) == 1 + (3 + 2) + 2 + 2 + 2
+    # the best of caches: the last token of a context is computed anew each time, for what follows it; a1 needs a's last
+    # token and the reply besides
+    for node, cached in zip(tree.nodes, [0, 1 + 2, 1 + 5 - 1, 0], strict=True):
+        node.num_cached_tokens = cached
+    assert measured([tree]).computed == unique_tokens(tree) + 2  # once more for a2 and for b
 
 
 def test_a_step_that_was_cut_in_two_is_one_request():

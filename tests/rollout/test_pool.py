@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import ray
@@ -19,7 +20,7 @@ from rl.tiny import write_tiny_model
 from rollout.data import build_prompt_source
 from rollout.pool import RolloutPool
 from rollout.tree import Node, Tree
-from rollout.types import Prompt
+from rollout.types import Prompt, StopReason
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -97,3 +98,29 @@ def test_the_same_seeds_give_the_same_trees_on_three_workers_with_one_killed_and
     assert grown_while_one_dies(pool, prompts, ways_to_grow(cfg)[2]) == searches
     assert len(pool.actors()) == 1
     assert grown(pool, prompts, cfg) == [beams, surprises, searches]
+
+
+def count_aborts(worker: Any) -> None:
+    engine = worker._engine._served._engine
+    engine.aborted, really_abort = [], engine.abort_request
+
+    def abort(request_ids: list[str]) -> None:
+        engine.aborted += request_ids
+        really_abort(request_ids)
+
+    engine.abort_request = abort
+
+
+def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_not_held_up(
+    pool: RolloutPool, prompts: list[Prompt], cfg: Config
+):
+    (worker,) = pool.actors()
+    ray.get(worker.__ray_call__.remote(count_aborts), timeout=60)
+    hurried = replace(cfg.rollout, expander=ExpanderKind.chains, num_leaves=3, max_turn_tokens=400, turn_timeout_s=1e-4)
+    ((_, tree),) = pool.grow(prompts[:1], 5, hurried)
+    assert [(node.action_ids, node.stop) for node in tree.nodes] == [([], StopReason.deadline)] * 3
+    patient = replace(hurried, max_turn_tokens=24, turn_timeout_s=60.0)
+    ((_, tree),) = pool.grow(prompts[:1], 5, patient)
+    assert len(tree.trained_leaves()) == 3
+    aborted = ray.get(worker.__ray_call__.remote(lambda it: it._engine._served._engine.aborted), timeout=60)
+    assert len(aborted) == 3
