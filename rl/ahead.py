@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.errors import WaitTimeout
+from rollout.patience import wait_for
 from rollout.tree import Tree
 from rollout.types import Prompt
-from rollout.waiting import SAY_AFTER_S, waiting
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,20 +59,15 @@ class Ahead:
 
         Raises: WaitTimeout; whatever growing it raised.
         """
-        started = time.monotonic()
-        while True:
-            left_s = limit_s - (time.monotonic() - started)
-            if left_s <= 0:
-                raise WaitTimeout(f"the next batch did not grow within {limit_s:.0f} s. Look into the workers' logs.")
-            try:
-                with waiting():
-                    found = self._done.get(timeout=min(SAY_AFTER_S, left_s))
-            except queue.Empty:
-                logger.warning("still waiting for the next batch to grow after %.0f s", time.monotonic() - started)
-                continue
-            if isinstance(found, BaseException):
-                raise found
-            return found
+
+        def come(wait_s: float) -> Grown | BaseException | None:
+            with contextlib.suppress(queue.Empty):
+                return self._done.get(timeout=wait_s)
+
+        found = wait_for(come, limit_s=limit_s, what="the next batch to grow")
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
     def advance(self) -> None:
         """The oldest batch has been trained: one more may grow."""
@@ -89,10 +79,20 @@ class Ahead:
         return list(self._batches.values())
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing grows while this is entered, which waits for the batch that does."""
-        with self._growing:
+    def paused(self, limit_s: float) -> Iterator[None]:
+        """Nothing grows while this is entered, which waits for the batch that does.
+
+        Raises: WaitTimeout.
+        """
+
+        def come(wait_s: float) -> bool | None:
+            return self._growing.acquire(timeout=wait_s) or None
+
+        wait_for(come, limit_s=limit_s, what="the batch that is growing, before the evaluation")
+        try:
             yield
+        finally:
+            self._growing.release()
 
     def close(self) -> None:
         """Begin no further batch. One that grows is left to the engines, which end with the run."""
@@ -102,7 +102,7 @@ class Ahead:
     def _run(self, first_step: int) -> None:
         try:
             for step in itertools.count(first_step):
-                self._allowed.acquire()
+                self._allowed.acquire()  # until the learner has come so far; who waits for that is the main thread
                 if self._closed.is_set():
                     return
                 with self._growing:

@@ -34,9 +34,10 @@ from rl.policy.actor import LearnerGroup
 from rl.policy.prm_actor import PrmHandle
 from rl.policy.ranks import LOOPBACK
 from rl.policy.weights import WeightPublisher
+from rollout.patience import waiting
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
-from rollout.waiting import value_of, wait_all, waiting
+from rollout.waiting import value_of, wait_all
 
 logger = logging.getLogger(__name__)
 

@@ -43,10 +43,10 @@ from rl.tracker import Tracker
 from rl.view import write_report
 from rollout.data import PromptSource, build_prompt_source
 from rollout.health import check_tool_crashes
+from rollout.patience import waited_seconds
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.types import Prompt
-from rollout.waiting import waited_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -332,7 +332,7 @@ class Run:
         if not due or self.state.evaluated_step == step or not self.cfg.run.eval_prompts:
             return
         self._metrics = {}
-        with self._stage("eval"), self._ahead.paused() if self._ahead else contextlib.nullcontext():
+        with self._stage("eval"), self._ahead.paused(BATCH_LIMIT_S) if self._ahead else contextlib.nullcontext():
             outcomes = evaluate(self.cfg, self._parts, self._source)
             found = evaluation_under(self.cfg, outcomes)
         write_outcomes(self.folder.evaluation_file(step), outcomes)

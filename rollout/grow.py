@@ -12,8 +12,12 @@ from rollout.environment import Environment
 from rollout.expanders.base import Expander, Judge
 from rollout.expanders.chains import Chains
 from rollout.growth import Growth, Result
+from rollout.patience import some_done
 from rollout.tree import Node, Tree
 from rollout.types import Prompt
+
+CANCEL_LIMIT_S = 60.0
+"""What a cancelled step may take to end; one that swallows it is left behind."""
 
 
 async def grow_tree(
@@ -67,7 +71,7 @@ async def complete_path(
 
 
 async def _grown(growth: Growth, expander: Expander, cfg: RolloutConfig) -> Tree:
-    deadline = time.monotonic() + cfg.tree_timeout_s
+    deadline, what = time.monotonic() + cfg.tree_timeout_s, f'steps of the tree of prompt "{growth.tree.prompt.id}"'
     growing: set[asyncio.Task[Result]] = set()
     try:
         while True:
@@ -75,9 +79,7 @@ async def _grown(growth: Growth, expander: Expander, cfg: RolloutConfig) -> Tree
             growing |= {asyncio.create_task(each) for each in growth.start(moves, is_still=not growing)}
             if not growing:
                 break
-            done, growing = await asyncio.wait(
-                growing, timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
-            )
+            done, growing = await some_done(growing, limit_s=deadline - time.monotonic(), what=what)
             if not done:
                 growth.cut()
                 break
@@ -89,7 +91,7 @@ async def _grown(growth: Growth, expander: Expander, cfg: RolloutConfig) -> Tree
         for task in growing:
             task.cancel()
         # A cancelled request is aborted in the engine before its slot is given to another tree.
-        await asyncio.gather(*growing, return_exceptions=True)
+        await some_done(growing, limit_s=CANCEL_LIMIT_S, what=f"cancelled {what}", all_of_them=True)
     growth.sort()
     _mark_pruned(growth.tree, expander.pruned_leaves(growth.tree))
     return growth.tree

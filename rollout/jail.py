@@ -26,6 +26,8 @@ from rollout.jailer import FIRST_USER_OUTSIDE, NUM_USERS_OUTSIDE
 
 JAILER = Path(__file__).with_name("jailer.py")
 MIB = 2**20
+REMOVE_LIMIT_S = 60.0
+"""What removing a program's folder may take; what is left then lies in the temporary folder."""
 GRACE_S = 10.0
 """Past the program's wall time, how long the jailer itself may take to start, to end it and to report."""
 CHUNK_BYTES = 65_536
@@ -176,7 +178,9 @@ def _run(code: str, stdin: str, limits: Limits, isolated: bool, channel: bytes) 
             return _guarded(code, stdin_fd, channel_fd, limits, isolated, folder)
     finally:
         # Not shutil.rmtree: a program can leave folders deeper than Python recurses.
-        subprocess.run(["rm", "-rf", "--one-file-system", folder], check=False, stderr=subprocess.DEVNULL)
+        remove = ["rm", "-rf", "--one-file-system", folder]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(remove, check=False, stderr=subprocess.DEVNULL, timeout=REMOVE_LIMIT_S)
 
 
 def _guarded(code: str, stdin_fd: int, channel_fd: int, limits: Limits, isolated: bool, folder: str) -> Outcome | str:

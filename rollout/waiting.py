@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from conf.errors import GroveError, WaitTimeout
-
-logger = logging.getLogger(__name__)
-
-
-class _Waited(threading.local):
-    """Each thread's own count."""
-
-    seconds = 0.0
-
-
-_waited = _Waited()
-
-
-@contextmanager
-def waiting() -> Iterator[None]:
-    """Time in this block is time in which this thread waits for others."""
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        _waited.seconds += time.monotonic() - started
-
-
-def waited_seconds() -> float:
-    """What this thread has waited for others so far."""
-    return _waited.seconds
-
-
-SAY_AFTER_S = 30.0
-"""A wait longer than this is logged, and again each time as long."""
+from conf.errors import GroveError
+from rollout.patience import wait_for
 
 
 def wait_some(refs: Sequence[ray.ObjectRef[Any]], *, limit_s: float, what: str) -> list[ray.ObjectRef[Any]]:
@@ -53,19 +21,12 @@ def wait_some(refs: Sequence[ray.ObjectRef[Any]], *, limit_s: float, what: str) 
         what: what is awaited, for the log and the error.
     Raises: WaitTimeout when none came in time.
     """
-    started = time.monotonic()
-    while True:
-        waited_s = time.monotonic() - started
-        if waited_s >= limit_s:
-            raise WaitTimeout(
-                f"{what} did not come within {limit_s:.0f} s. Look into the run's logs/ folder for the process that "
-                "hangs, or raise the limit if the work is really that long."
-            )
-        with waiting():
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=min(SAY_AFTER_S, limit_s - waited_s))
-        if ready:
-            return ready
-        logger.warning("still waiting for %s after %.0f s (limit %.0f s)", what, time.monotonic() - started, limit_s)
+
+    def come(wait_s: float) -> list[ray.ObjectRef[Any]] | None:
+        ready, _ = ray.wait(list(refs), num_returns=1, timeout=wait_s)
+        return ready or None
+
+    return wait_for(come, limit_s=limit_s, what=what)
 
 
 def wait_all(refs: Sequence[ray.ObjectRef[Any]], *, limit_s: float, what: str) -> list[Any]:

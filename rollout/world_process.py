@@ -110,10 +110,8 @@ class _Process:
             _write(popen.stdin, (name, arguments))
             return _read(popen.stdout.fileno(), deadline)
         except (EOFError, OSError) as error:
-            timed_out = isinstance(error, TimeoutError)
-            status = None if timed_out else popen.wait()
+            why = f"did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else _fate(popen)
             self._clear()
-            why = f"did not answer within {timeout_s:g} s" if timed_out else f"ended its process (status {status})"
             raise WorldFailed(f"the world {why}; the process was replaced") from None
 
 
@@ -169,6 +167,14 @@ class ProcessHost:
         # The call keeps its own limit, which starts when the process is free; it always returns.
         call = partial(self._process(key).call, name, arguments, timeout_s)
         return await run_in_thread(call, {}, None)  # type: ignore[arg-type]
+
+
+def _fate(popen: subprocess.Popen[bytes]) -> str:
+    """What became of a process that closed its pipe; it may hang all the same."""
+    try:
+        return f"ended its process (status {popen.wait(timeout=1.0)})"
+    except subprocess.TimeoutExpired:
+        return "closed its pipe"
 
 
 def _write(pipe: IO[bytes], message: Any) -> None:

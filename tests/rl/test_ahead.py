@@ -79,7 +79,7 @@ def test_nothing_grows_while_it_is_paused():
     grower = Grower(seconds=0.05)
     ahead = Ahead(grower, 0, 1)
     grower.busy.wait(5)
-    with ahead.paused():
+    with ahead.paused(limit_s=30):
         assert not grower.busy.is_set()  # it waited for the batch that grew
         begun = len(grower.begun)
         time.sleep(0.1)
@@ -102,7 +102,7 @@ def test_an_error_comes_where_the_batch_is_asked_for():
 def test_a_batch_that_never_comes_is_a_time_out():
     gate = threading.Event()
     ahead = Ahead(lambda batch: batch.calls.update({0: gate.wait(5)}), 0, 1)
-    with pytest.raises(WaitTimeout, match="did not grow within 0 s"):
+    with pytest.raises(WaitTimeout, match="the next batch to grow did not come within 0 s"):
         ahead.next(0.05)
     gate.set()
     ahead.close()

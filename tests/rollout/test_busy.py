@@ -6,8 +6,8 @@ from fakes import FakeEngine
 from published import in_groups
 
 from rollout.busy import BusyClock, TimedEngine
+from rollout.patience import waited_seconds, waiting
 from rollout.types import Sampling
-from rollout.waiting import waited_seconds, waiting
 
 
 class Hand:

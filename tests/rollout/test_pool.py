@@ -22,7 +22,7 @@ from rollout.pool import RolloutPool
 from rollout.tree import Node, Tree
 from rollout.types import Prompt, StopReason
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @ray.remote(num_cpus=0)
@@ -55,10 +55,12 @@ def prompts(cfg: Config, model_path: str) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def pool(cfg: Config, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    running = RolloutPool(cfg, model_path, tmp_path_factory.mktemp("logs"), judge_actor=LongStepsAreGood.remote())
-    yield running
-    running.close()
-    ray.shutdown()
+    try:
+        running = RolloutPool(cfg, model_path, tmp_path_factory.mktemp("logs"), judge_actor=LongStepsAreGood.remote())
+        yield running
+        running.close()
+    finally:
+        ray.shutdown()
 
 
 def ways_to_grow(cfg: Config) -> list[RolloutConfig]:
