@@ -68,7 +68,7 @@ SEGMENTS = {
 }
 LONG = ["rollout.max_context_tokens=4096", "model.tiny.max_position_embeddings=4096", "rollout.kv_cache_mib=1024"]
 CASES = [
-    Case("the demo", ["experiment=hop_search"], WAYS),
+    Case("the demo", ["experiment=hop_search", "model.warm_start.num_steps=60"], WAYS),
     Case(
         "tools, prompt of 400, replies of 50 to 200",
         [*LONG, "rollout.max_turn_tokens=400", "rollout.max_steps=4"],

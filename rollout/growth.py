@@ -229,10 +229,7 @@ class Growth:
             stop_token_ids=self._environment.stop_token_ids,
             seed=derive_seed(self._seed, *behind.name, place.number),
         )
-        # What is known of a turn whose time is up before the engine has said anything.
-        sampled = Sampled(
-            token_ids=[], logprobs=[], stopped=False, version=self._engine.version, context_ids=place.context_ids
-        )
+        sampled: Sampled | None = None
         turn_limit = asyncio.timeout(self._cfg.turn_timeout_s)
         try:
             async with turn_limit:
@@ -244,6 +241,11 @@ class Growth:
             if not turn_limit.expired():
                 raise  # somebody else's time was up
             turn = Turn(state=behind.state, facts=StepFacts(kind=StepKind.unread), stop=StopReason.deadline)
+            if sampled is None:  # nothing is known of the turn but where it was to begin
+                version = self._engine.version
+                sampled = Sampled(
+                    token_ids=[], logprobs=[], stopped=False, version=version, context_ids=place.context_ids
+                )
         return _Grown(place, sampled, turn)
 
     async def _answer(self, behind: _Spot, sampled: Sampled, *, drafted: bool) -> Turn | None:
