@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from rollout.tree import Tree
 from rollout.types import Prompt, Sampling
 
 DEEP = ["rollout.max_turn_tokens=24", "rollout.max_steps=5", "cluster.num_cpus=2"]
+# A worker has no way to import this module: functions that it is to run travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from rollout.pool import RolloutPool
 from rollout.tree import Node, Tree
 from rollout.types import Prompt, StopReason
 
+# A worker has no way to import this module: functions that it is to run travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
