@@ -164,6 +164,15 @@ def test_a_run_whose_every_part_is_killed_once_equals_the_undisturbed_one(room: 
     assert "the reward service was lost" in told and "rollout worker" in told and "starting another" in told
 
 
+@pytest.mark.skipif(STEPS < 20, reason="an engine in processes of its own takes a minute to start: make chaos")
+def test_an_engines_own_process_may_be_killed(room: Path):
+    settings = ["rollout.engine_processes=true", "rollout.num_workers=1", "run.num_steps=3"]
+    calm = trained(room, "calm engine", *settings)
+    stormy = trained(room, "stormy engine", *settings, meanwhile=kill_parts([(1, "engine core")]))
+    assert metrics(stormy) == metrics(calm)
+    assert json.loads((stormy / "summary.json").read_text())["worker_restarts"] == 1
+
+
 def test_batches_that_grow_ahead_are_never_older_than_allowed_and_survive_a_kill(room: Path):
     folder = trained(room, "ahead", "rollout.max_staleness=1", meanwhile=kill_workers)
     rows = [row for row in metrics(folder) if "rollout/staleness_max" in row]
