@@ -9,6 +9,8 @@ ideal of a pool that costs nothing; two engines on two cores can beat one.
 
 Long turns show the engine. The demo's own trees, five turns of a handful of tokens each behind a tool, show what a
 request costs; there the bare batch has it easier than any agent can, since it need not wait for a tool's reply.
+
+Behind it comes `benchmarks.computed`: the tokens that an engine computes for trees and for chains.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import computed
 from benchmarks.tables import Row, report
 from conf.compose import compose
 from conf.schema import Config
@@ -155,6 +158,7 @@ def main() -> None:
             measured_row("the demo's trees", DEMO_TREES, warm, folder, options.prompts),
         ]
     report("rollout", "pool against bare LLM.generate, tokens per second", rows)
+    computed.run(num_prompts=16)
 
 
 if __name__ == "__main__":
