@@ -10,7 +10,7 @@ from conf.check_machine import num_gpus
 from conf.keys import all_keys
 from conf.reads import pattern_of, read_keys, record_field
 
-NEEDS_A_GPU: tuple[str, ...] = ()
+NEEDS_A_GPU = ("rewards.models.<name>.gpu_memory_share",)
 """Settings that are read on a GPU alone."""
 PACKAGES = ("vllm", "textworld", "reasoning_gym", "verifiers", "mcp")
 """Packages without which tests are skipped."""
