@@ -27,7 +27,7 @@ RUN := runs/hop_search-seed$(SEED)
 # One OpenMP thread: two spinning teams on two cores slow vLLM twentyfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-fast chaos lint bench bench-rollout bench-learner bench-credit bench-rewards bench-async bench-methods bench-recipes clean
+.PHONY: help install demo test test-fast chaos lint bench bench-rollout bench-learner bench-weights bench-checkpoint bench-credit bench-rewards bench-async bench-methods bench-recipes bench-textworld clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -58,10 +58,15 @@ lint: install ## check style, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-bench: bench-rollout bench-learner bench-credit bench-rewards bench-async bench-methods bench-recipes ## run all benchmarks; tables here, figures in benchmarks/out/
+bench: bench-rollout bench-learner bench-weights bench-checkpoint bench-credit bench-rewards bench-async bench-methods bench-recipes bench-textworld ## run all benchmarks; tables here, figures in benchmarks/out/
 
-bench-rollout: install ## tokens per second of the rollout pool, against a bare engine
+bench-rollout: install ## the pool against a bare engine; tokens that an engine computes, trees against chains
+	@$(BIN)/python -m benchmarks.rollout $(ARGS)
+	@$(BIN)/python -m benchmarks.computed
+
 bench-learner: install ## packed trees against padded and unpadded trajectories: speed, share of the ideal, memory
+bench-weights: install ## new weights to an engine: rows of every learner process, against one gathered file
+bench-checkpoint: install ## seconds that training stands still for a checkpoint, written beside it or not
 bench-credit: install ## credit for 4,096 trees of 64 steps: seconds on one core, growth with the nodes
 bench-rewards: install ## scores per second of the reward service on one core, against a pool of processes
 	@$(BIN)/python -m benchmarks.rewards $(ARGS)
@@ -71,8 +76,9 @@ bench-async: install ## steps per minute with batches that grow ahead, on a task
 
 bench-methods: install ## held-out success of the methods at equal generated tokens, over seeds
 bench-recipes: install ## held-out success of every recipe of credit at equal generated tokens, over seeds
+bench-textworld: install ## success at text games that were never played, by three rewards; draws the curve in the docs
 
-bench-rollout bench-learner bench-credit bench-methods bench-recipes:
+bench-learner bench-weights bench-checkpoint bench-credit bench-methods bench-recipes bench-textworld:
 	@$(BIN)/python -m benchmarks.$(@:bench-%=%) $(ARGS)
 
 clean: ## remove .venv and every cache; runs/ stays
