@@ -117,7 +117,8 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
                 steps, [min(v) for v in values], [max(v) for v in values], color=COLOURS[name], alpha=0.15
             )
             axes.plot(steps, [statistics.fmean(v) for v in values], color=COLOURS[name], marker="o", label=LABELS[name])
-        axes.set(xlabel="training steps", ylabel="held-out games won", ylim=(0, 1))
+        axes.set(xlabel="training steps", ylabel="held-out games won")
+        axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
