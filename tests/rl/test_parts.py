@@ -95,9 +95,10 @@ def test_recorded_logprobs_are_the_models_own(parts: Parts, prompts: list[Prompt
 
 def test_a_killed_worker_costs_time_and_no_data(parts: Parts, prompts: list[Prompt]):
     expected = same_but_for_the_cache(grow(parts, prompts, seed=7))
+    victim = parts.pool.worker_pids()[0]
     growing = parts.pool.grow(prompts, 7)
     regrown = [next(growing)]
-    os.kill(parts.pool.worker_pids()[0], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     regrown += growing
     assert parts.pool.num_restarts == 1
     assert same_but_for_the_cache([tree for _, tree in sorted(regrown, key=lambda each: each[0])]) == expected
