@@ -141,11 +141,11 @@ def test_the_canary_stops_a_run_whose_engines_serve_other_weights(
 
 def keep_the_cache(worker: Any) -> None:
     """Break a worker's engine: it says that it has dropped its prefix cache, and has not."""
-    worker._engine._served._engine.reset_prefix_cache = lambda **_: True
+    worker._engine._engine._served._engine.reset_prefix_cache = lambda **_: True
 
 
 def drop_the_cache(worker: Any) -> None:
-    del worker._engine._served._engine.reset_prefix_cache
+    del worker._engine._engine._served._engine.reset_prefix_cache
 
 
 def test_the_canary_stops_a_run_whose_engines_kept_what_older_weights_had_cached(parts: Parts, prompts: list[Prompt]):

@@ -106,7 +106,7 @@ def test_the_same_seeds_give_the_same_trees_on_three_workers_with_one_killed_and
 
 
 def count_aborts(worker: Any) -> None:
-    engine = worker._engine._served._engine
+    engine = worker._engine._engine._served._engine
     engine.aborted, really_abort = [], engine.abort_request
 
     def abort(request_ids: list[str]) -> None:
@@ -127,5 +127,5 @@ def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_no
     patient = replace(hurried, max_turn_tokens=24, turn_timeout_s=60.0)
     ((_, tree),) = pool.grow(prompts[:1], 5, patient)
     assert len(tree.trained_leaves()) == 3
-    aborted = ray.get(worker.__ray_call__.remote(lambda it: it._engine._served._engine.aborted), timeout=60)
+    aborted = ray.get(worker.__ray_call__.remote(lambda it: it._engine._engine._served._engine.aborted), timeout=60)
     assert len(aborted) == 3
