@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from conf.errors import WaitTimeout
-from rollout.waiting import waiting
+from rollout.patience import waiting
 
 logger = logging.getLogger(__name__)
 
