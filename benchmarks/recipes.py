@@ -41,7 +41,8 @@ from rl.loop import train_run
 from rl.model import resolve_model
 from rl.progress import Progress
 from rl.run import Run, RunState
-from rl.run_folder import open_run_folder, settings
+from rl.run_folder import RunFolder, open_run_folder, settings
+from rl.saving import Saver
 from rl.tracker import Tracker
 from rollout.data import PromptSource, build_prompt_source
 
@@ -137,14 +138,12 @@ def started(cfg: Config) -> Iterator[tuple[Parts, PromptSource, checkpoint.Check
         model_path = resolve_model(cfg, progress.warm_start)
     source = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path))
     with launched(cfg, model_path, logs) as parts:
-        learner = parts.learner
-        assert learner is not None, "a training run has a learner"
-
-        def write(folder: Path) -> None:
-            learner.answer(learner.save(str(folder)), limit_s=60, what="the learner to write its first weights")
-
-        state = {"seed": cfg.seed, "run": asdict(RunState())}
-        yield parts, source, checkpoint.save(place / "checkpoints", 0, write, state, keep=1)
+        saver = Saver(cfg, RunFolder(place), parts)
+        saver.begin(0, asdict(RunState()), [], None)
+        saver.wait()
+        first = checkpoint.newest(place / "checkpoints")
+        assert first is not None, "it was just written"
+        yield parts, source, first
 
 
 def rows(successes: dict[str, list[float]]) -> list[Row]:
