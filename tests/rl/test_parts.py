@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,9 @@ def test_engines_follow_the_learner_through_updates(
         metrics = answer(parts, learner_of(parts).update(trees, version))
         assert metrics["loss/logprob_gap_nats"] < 1e-4 and metrics["learner/grad_norm"] > 0
         assert parts.publisher.publish(version, grown)["weights/canary_gap_nats"] < 1e-4
-    answer(parts, learner_of(parts).save(str(tmp_path)))
+    answer(parts, learner_of(parts).begin_save(str(tmp_path)))
+    while not answer(parts, learner_of(parts).saved()).done:
+        time.sleep(0.05)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     context_ids = list(prompts[0].token_ids)
     for (sampled,) in parts.pool.sample_everywhere([(context_ids, Sampling(max_tokens=12, temperature=0))]):
@@ -148,10 +151,15 @@ def drop_the_cache(worker: Any) -> None:
     del worker._engine._engine._served._engine.reset_prefix_cache
 
 
-def test_the_canary_stops_a_run_whose_engines_kept_what_older_weights_had_cached(parts: Parts, prompts: list[Prompt]):
+def test_the_canary_stops_a_run_whose_engines_kept_what_older_weights_had_cached(
+    parts: Parts, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+):
     assert parts.publisher is not None
-    trees = grow(parts, prompts)  # behind contexts that are cached now, by the other weights of the test before
-    for change, version in ((keep_the_cache, 4), (drop_the_cache, 5)):
+    with monkeypatch.context() as other:
+        other.setattr(learner_of(parts), "publish", spoilt(learner_of(parts).publish))
+        parts.publisher.publish(4, [])
+    trees = grow(parts, prompts)  # behind contexts that are cached now, by other weights
+    for change, version in ((keep_the_cache, 5), (drop_the_cache, 6)):
         ray.get([actor.__ray_call__.remote(change) for actor in parts.pool.actors()], timeout=60)
         if change is keep_the_cache:
             with pytest.raises(StaleWeights, match="differ from the learner's"):
@@ -166,12 +174,12 @@ def test_weights_that_are_damaged_on_their_way_are_sent_again_and_once_only(
     assert parts.publisher is not None
     publish, trees = learner_of(parts).publish, grow(parts, prompts[:2])
     monkeypatch.setattr(learner_of(parts), "publish", damaged(publish, times=1))
-    assert parts.publisher.publish(6, trees)["weights/canary_gap_nats"] < 1e-4
+    assert parts.publisher.publish(7, trees)["weights/canary_gap_nats"] < 1e-4
     monkeypatch.setattr(learner_of(parts), "publish", damaged(publish, times=2))
     with pytest.raises(DamagedWeights, match="arrived with checksum"):
-        parts.publisher.publish(7, trees)
+        parts.publisher.publish(8, trees)
     monkeypatch.setattr(learner_of(parts), "publish", publish)
-    assert parts.publisher.publish(8, trees)["weights/canary_gap_nats"] < 1e-4, "the engines waited for better ones"
+    assert parts.publisher.publish(9, trees)["weights/canary_gap_nats"] < 1e-4, "the engines waited for better ones"
 
 
 def spoilt(publish: Callable[..., Published]) -> Callable[..., Published]:
