@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import WARM_START, WARM_STARTS
 
+from rl.metrics import read_metrics
 from rl.outcomes import read_outcomes
 from rl.record import read_trees
 
@@ -27,12 +28,12 @@ SMALL = [
     "experiment=hop_search",
     "run.eval_prompts=16",
     "run.eval_samples=2",
-    "run.eval_every_steps=2",
-    "run.checkpoint_every_steps=2",
+    "run.eval_every_steps=5",
+    "run.checkpoint_every_steps=5",
     "rollout.prompts_per_step=4",
     *WARM_START,
 ]
-STEPS = 4
+STEPS, HALF = 10, 5
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,14 @@ def whole(room: Path) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder / "metrics.jsonl")
     timed = ("time/", "seconds", "per_second", "cached")
     return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
 
 
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, moments and generators."""
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "training" / "rank0.safetensors")
 
 
 @pytest.mark.timeout(600)
@@ -84,7 +86,7 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Path):
 
 def test_each_held_out_sample_is_kept_beside_the_metrics_made_of_them(whole: Path):
     rows = {row["step"]: row for row in metrics(whole) if "eval/success_share" in row}
-    assert list(rows) == [0, 2, 4]
+    assert list(rows) == [0, HALF, STEPS]
     for step, row in rows.items():
         outcomes = read_outcomes(whole / "eval" / f"step_{step:06d}.jsonl")
         assert len(outcomes) == 16 and all(len(each.samples) == 2 for each in outcomes)
@@ -125,7 +127,7 @@ def test_a_profiled_step_leaves_traces_of_learner_driver_and_ray(whole: Path):
 def test_eval_measures_a_run_by_itself(whole: Path, room: Path):
     words = ["eval", str(whole), "--prompts", "6", "--samples", "4", "--score", "progress", "--json"]
     quick = ["rollout.engine=transformers", "rollout.num_workers=1"]
-    before = (whole / "eval" / "step_000004.jsonl").read_bytes()
+    before = (whole / "eval" / f"step_{STEPS:06d}.jsonl").read_bytes()
     done = subprocess.run(
         [sys.executable, "-m", "rl.cli", *words, *quick], capture_output=True, text=True, timeout=280, check=False
     )
@@ -133,9 +135,9 @@ def test_eval_measures_a_run_by_itself(whole: Path, room: Path):
     found = json.loads(done.stdout)
     assert (found["prompts"], found["samples"]) == (6, 24)
     assert found["estimates"].keys() >= {"success", "pass_at_2", "pass_all_4", "best_of_4"}
-    outcomes = read_outcomes(whole / "eval" / "alone_000004.jsonl")
+    outcomes = read_outcomes(whole / "eval" / f"alone_{STEPS:06d}.jsonl")
     assert found["success_share"] == pytest.approx(sum(each.success_share for each in outcomes) / 6)
-    assert (whole / "eval" / "step_000004.jsonl").read_bytes() == before, "the run's own record stays"
+    assert (whole / "eval" / f"step_{STEPS:06d}.jsonl").read_bytes() == before, "the run's own record stays"
 
 
 def test_recorded_trees_hold_the_path_law_the_versions_and_the_credit(whole: Path):
@@ -158,6 +160,21 @@ def test_the_checkpoint_is_an_ordinary_model_folder(whole: Path):
     assert model.config.architectures == ["Qwen3ForCausalLM"]
 
 
+@pytest.mark.timeout(300)
+def test_what_is_exported_loads_in_transformers_and_vllm_samples_from_it(whole: Path, room: Path):
+    out = room / "searcher"
+    places = ["experiment=hop_search", "run.eval_prompts=2", "rollout.num_workers=1"]
+    for words in (["export", str(whole), str(out), "--best"], ["eval", str(out), *places]):
+        done = subprocess.run(
+            [sys.executable, "-m", "rl.cli", *words], capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "success_share" in done.stdout
+    AutoModelForCausalLM.from_pretrained(out)
+    said = "".join(path.read_text() for path in out.iterdir() if path.suffix != ".safetensors")
+    assert str(room) not in said and "hop_search, held out" in said
+
+
 def test_no_key_is_written_to_disk(whole: Path):
     text = (whole / "config.yaml").read_text()
     assert "API_KEY" not in text and os.environ.get("HOME", "?") + "/.netrc" not in text
@@ -165,14 +182,15 @@ def test_no_key_is_written_to_disk(whole: Path):
 
 @pytest.mark.timeout(600)
 def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_bit(whole: Path, room: Path):
-    train(room, "halves", "run.num_steps=2")
+    train(room, "halves", f"run.num_steps={HALF}")
     train(room, "halves", f"run.num_steps={STEPS}", "run.resume=true")
-    assert metrics(room / "halves")[3:] == metrics(whole)[3:]
-    for name, value in weights(whole, STEPS).items():
-        assert torch.equal(value, weights(room / "halves", STEPS)[name]), name
+    assert metrics(room / "halves") == metrics(whole)
+    halves = state(room / "halves", STEPS)
+    for name, value in state(whole, STEPS).items():
+        assert torch.equal(value, halves[name]), name
     with (
-        gzip.open(whole / "trees" / "step_000003.jsonl.gz") as a,
-        gzip.open(room / "halves" / "trees" / "step_000003.jsonl.gz") as b,
+        gzip.open(whole / "trees" / "step_000008.jsonl.gz") as a,
+        gzip.open(room / "halves" / "trees" / "step_000008.jsonl.gz") as b,
     ):
         assert (
             json.loads(a.readline())["scored"]["tree"]["prompt"] == json.loads(b.readline())["scored"]["tree"]["prompt"]

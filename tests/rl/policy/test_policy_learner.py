@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from policy_trees import VOCABULARY, grown, paired, save_whole, tiny
 from published import arrived, of_ranks
 from safetensors.torch import load_file
@@ -323,6 +324,23 @@ def test_a_saved_model_is_a_plain_hugging_face_folder(checkpoint: str, tmp_path:
     assert "grove" not in (tmp_path / "model" / "config.json").read_text()
     assert torch.equal(loaded.get_input_embeddings().weight, learner.policy.module.model.get_input_embeddings().weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()["w7"] == 7
+
+
+def test_a_checkpoint_of_adapters_holds_them_alone_and_merged(checkpoint: str, tmp_path: Path):
+    learner = learner_of(config(lora=LoraConfig(rank=2), learner={"learning_rate": 0.1}), checkpoint)
+    learner.update(batch(), 0)
+    save_whole(learner, tmp_path)
+    merged, engines = load_file(tmp_path / "model" / "model.safetensors"), published(learner)
+    assert merged.keys() == engines.keys() and all(torch.equal(merged[name], engines[name]) for name in merged)
+    before = AutoModelForCausalLM.from_pretrained(checkpoint)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), str(tmp_path / "adapter"))
+    tokens = torch.tensor([[1, 5, 9]])
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits
+    assert (logits - before(tokens).logits).abs().max() > 1e-3
+    torch.testing.assert_close(adapted(tokens).logits, logits, rtol=0, atol=1e-5)
+    kept = load_file(tmp_path / "training" / "rank0.safetensors")
+    assert all("lora_" in name for name in kept if name.startswith(("weights/", "moments/")))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter", "training"}
 
 
 def test_gradient_checkpointing_trains_the_same(checkpoint: str):
