@@ -124,3 +124,7 @@ def _trees(vocabulary: int) -> list[TreeCredit]:
 
 def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
