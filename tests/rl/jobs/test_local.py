@@ -92,10 +92,11 @@ def test_it_runs_in_a_session_of_its_own_until_it_is_stopped_and_saves(started):
 
 def test_one_that_does_not_listen_is_killed_with_all_that_it_started(started):
     launch = started(STUBBORN, stop_limit_s=1)
-    child = int(printed(launch, "child ").split()[1])
+    child = psutil.Process(int(printed(launch, "child ").split()[1]))
     ThisMachine().stop(launch)
     assert ThisMachine().state(launch) is None
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    psutil.wait_procs([child], timeout=10)  # the kernel takes a moment
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_process_that_has_got_the_number_of_one_that_ended_is_let_alone(started):
