@@ -117,8 +117,8 @@ def _write_start(size: policies.Size, folder: Path) -> None:
 
 
 def _trees(vocabulary: int) -> list[TreeCredit]:
-    """Two trees of steps with tools, 1,024 tokens together."""
-    shape = replace(TOOL.resized(512), num_trees=2)
+    """A tree of steps with tools, 256 tokens."""
+    shape = TOOL.resized(256)
     credits = random_forest(shape, vocabulary).credits
     return [replace(credit, denominator=credit.total_weight()) for credit in credits]
 

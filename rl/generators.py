@@ -11,6 +11,13 @@ import numpy as np
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Begin Python's, NumPy's and torch's generators of a process of ours at a seed instead of at whatever it finds."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def generators_text() -> str:
     """State of Python's, NumPy's and torch's generators, the present GPU's among them."""
     version, words, gauss = random.getstate()

@@ -16,6 +16,7 @@ from typing import Any
 
 from conf.compose import from_yaml
 from conf.errors import CheckpointError, ConfigError
+from conf.reads import changed
 from conf.schema import Config
 from rl import checkpoint
 from rl.checkpoint import Checkpoint
@@ -165,12 +166,14 @@ def card(facts: Facts) -> str:
 
 def recipe(cfg: Config) -> dict[str, Any]:
     """Settings that differ from the defaults, by dotted name, without those of the machine and without secrets."""
-    own, default = _flat(settings(cfg)), _flat(settings(Config()))
+    shown = _flat(settings(cfg))
+    found: dict[str, Any] = {}
+    for changed_key in changed(cfg):
+        found |= {key: value for key, value in shown.items() if key == changed_key or key.startswith(f"{changed_key}.")}
     return {
         key: value
-        for key, value in own.items()
-        if value != default.get(key)
-        and key.partition(".")[0] not in OF_THIS_MACHINE
+        for key, value in found.items()
+        if key.partition(".")[0] not in OF_THIS_MACHINE
         and not key.endswith((".url", "_dir"))
         and not _is_local(value)
         and value != HIDDEN
@@ -240,7 +243,9 @@ def _without_local(value: Any) -> Any:
 
 
 def _is_local(value: Any) -> bool:
-    """A path of this machine: one from its root or a home, or one that is there."""
+    """A path of this machine, or a list with one: from its root or a home, or one that is there."""
+    if isinstance(value, list):
+        return any(map(_is_local, value))
     if not isinstance(value, str) or len(value) > 4096 or "\n" in value:
         return False
     return value.startswith(("/", "~", "./", "../")) or ("/" in value and Path(value).exists())

@@ -15,11 +15,13 @@ from ray.exceptions import RayActorError, RayError
 from conf.errors import GroveError, WaitTimeout, WorkerLost
 from conf.schema import Config
 from rl.credit.measured import Needs
+from rl.generators import seed_generators
 from rl.policy.memory import keep_freed_memory
 from rl.policy.pack import TreeCredit
 from rl.policy.profile import PROFILES, profiled
 from rl.policy.ranks import LOOPBACK, Ranks, join, meeting_address, open_meeting
 from rollout.busy import BusyClock
+from rollout.seeds import derive_seed
 from rollout.shards import Piece, Published, piece_of
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all
@@ -63,6 +65,7 @@ class LearnerActor:
             meeting = self._meeting or address
             own_host = LOOPBACK if address.startswith(f"{LOOPBACK}:") else ray.util.get_node_ip_address()
             ranks = join(self._rank, learner.num_processes, meeting, device, learner.update_timeout_s, own_host)
+        seed_generators(derive_seed(self._cfg.seed, "learner", self._rank))
         self._learner = Learner(self._cfg, self._model_path, ranks)
 
     def update(self, trees: list[TreeCredit], step: int) -> dict[str, float]:

@@ -13,8 +13,10 @@ from ray.exceptions import RayActorError
 
 from conf.errors import WorkerLost
 from conf.schema import Config
+from rl.generators import seed_generators
 from rl.policy.memory import keep_freed_memory
 from rollout.busy import BusyClock
+from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.waiting import wait_all
 from rollout.worker import send_output_to
@@ -39,6 +41,7 @@ class PrmActor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             keep_freed_memory()
+        seed_generators(derive_seed(self._cfg.seed, "prm"))
         self._model = ProcessRewardModel(self._cfg, self._policy_path, device)
 
     def score(self, trees: list[Tree]) -> list[dict[int, float]]:

@@ -6,7 +6,13 @@ import random
 import numpy as np
 import torch
 
-from rl.generators import generators_tensor, generators_text, restore_generators, restore_generators_tensor
+from rl.generators import (
+    generators_tensor,
+    generators_text,
+    restore_generators,
+    restore_generators_tensor,
+    seed_generators,
+)
 
 
 def draws() -> list[float]:
@@ -28,6 +34,14 @@ def test_generators_go_on_where_they_were():
     assert draws() == wanted
     restore_generators_tensor(tensor)
     assert draws() == wanted
+
+
+def test_the_same_seed_begins_the_same_draws():
+    found = []
+    for _ in range(2):
+        seed_generators(2**40 + 1)
+        found.append(draws())
+    assert found[0] == found[1]
 
 
 def test_the_state_is_json():
