@@ -22,6 +22,8 @@ from rl.jobs.record import Launch, State
 from rl.jobs.upload import find_upload, write_archive
 from rl.jobs.versions import pinned_versions, to_text
 
+logger = logging.getLogger(__name__)
+
 STATES = {
     JobStatus.PENDING: State.waiting,
     JobStatus.RUNNING: State.running,
@@ -38,6 +40,8 @@ TALKATIVE = (
 )
 """Loggers of Ray's client that each set a level of their own."""
 POLL_S = 0.5
+AGENT_LIMIT_S, AGENT_PAUSE_S = 120.0, 1.0
+"""Longest wait for an agent of a cluster that has just come up, and between two tries."""
 GRACE_S = 15.0
 """What the job server may take beyond the limit that it was given to stop a job."""
 
@@ -68,7 +72,8 @@ class RayCluster:
                 variables[passed.NAME_VARIABLE] = _pass(client, {name: os.environ[name] for name in launch.environment})
             archive = Path(room) / "working_dir.zip"
             write_archive(upload, archive)
-            job = client.submit_job(
+            job = _submitted(
+                client,
                 entrypoint=self._entrypoint(plan),
                 submission_id=plan.job,
                 runtime_env={"working_dir": str(archive), "env_vars": variables},
@@ -138,6 +143,22 @@ def _client(address: str, limit_s: float) -> _Client:
             f"be neither started nor watched. Is the cluster up, with its dashboard, and is RAY_AUTH_TOKEN its own? "
             f"From elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD."
         ) from error
+
+
+def _submitted(client: Any, **job: Any) -> str:
+    """The job's name. A cluster that has just come up has no agent yet that would take it: that is waited for."""
+    started = time.monotonic()
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            waited_s = time.monotonic() - started
+            if "No available agent" not in str(error) or waited_s > AGENT_LIMIT_S:
+                raise
+            logger.warning(
+                "waiting for an agent of the cluster to take the job (%.0f of %.0f s)", waited_s, AGENT_LIMIT_S
+            )
+            time.sleep(AGENT_PAUSE_S)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import ray
 
 from conf.compose import compose
 from conf.errors import LaunchError
-from rl.jobs import passed
+from rl.jobs import passed, ray_cluster
 from rl.jobs.plan import Plan, plan_launch
 from rl.jobs.ray_cluster import RayCluster
 from rl.jobs.record import Launch, State
@@ -160,3 +160,26 @@ def test_what_was_passed_is_taken_once_by_each_process_and_forgotten_at_the_end(
     assert head.kept == {}
     with pytest.raises(LaunchError, match="no longer in the memory of the cluster's head"):
         passed.take_passed()
+
+
+class JustUp:
+    """A job server whose agents come up while it is asked."""
+
+    def __init__(self, *refusals: str) -> None:
+        self.refusals = list(refusals)
+
+    def submit_job(self, submission_id: str) -> str:
+        if self.refusals:
+            raise RuntimeError(self.refusals.pop(0))
+        return submission_id
+
+
+def test_a_cluster_that_has_just_come_up_is_waited_for_and_one_that_refuses_is_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray_cluster, "AGENT_PAUSE_S", 0.0)
+    early = "Request failed with status code 500: No available agent to submit job, please try again later.."
+    assert ray_cluster._submitted(JustUp(early, early), submission_id="job") == "job"
+    with pytest.raises(RuntimeError, match="no such folder"):
+        ray_cluster._submitted(JustUp("no such folder"), submission_id="job")
+    monkeypatch.setattr(ray_cluster, "AGENT_LIMIT_S", -1.0)
+    with pytest.raises(RuntimeError, match="No available agent"):
+        ray_cluster._submitted(JustUp(early), submission_id="job")
