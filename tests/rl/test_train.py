@@ -169,7 +169,7 @@ def test_what_is_exported_loads_in_transformers_and_vllm_samples_from_it(whole: 
             [sys.executable, "-m", "rl.cli", *words], capture_output=True, text=True, timeout=280, check=False
         )
         assert done.returncode == 0, done.stderr[-4000:]
-    assert "success_share" in done.stdout
+    assert "success, pass@1" in done.stdout
     AutoModelForCausalLM.from_pretrained(out)
     said = "".join(path.read_text() for path in out.iterdir() if path.suffix != ".safetensors")
     assert str(room) not in said and "hop_search, held out" in said
