@@ -47,7 +47,7 @@ demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
 test: install ## run all tests; those that need a CUDA device are skipped without one
 	@$(PYTEST) -n auto --dist loadgroup $(ARGS)
 
-test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about a minute
+test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about two minutes
 	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
 
 chaos: install ## 50 steps whose workers are killed every 5, against an undisturbed run; minutes

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections.abc import Callable
 
-from conf.errors import WaitTimeout
-from rollout.patience import waiting
-
-logger = logging.getLogger(__name__)
-
-SAY_AFTER_S = 60.0
+from rollout.patience import wait_for
 
 
 class Background:
@@ -66,15 +59,4 @@ class Background:
         self.check()
 
     def _until(self, arrives: Callable[[float], bool]) -> None:
-        started = time.monotonic()
-        waited_s = 0.0
-        while not self._has(arrives, min(SAY_AFTER_S, self._limit_s - waited_s)):
-            waited_s = time.monotonic() - started
-            if waited_s >= self._limit_s:
-                raise WaitTimeout(f"{self._what} did not end within {self._limit_s:.0f} s.")
-            logger.warning("still waiting for %s after %.0f s", self._what, waited_s)
-
-    @staticmethod
-    def _has(arrives: Callable[[float], bool], timeout_s: float) -> bool:
-        with waiting():
-            return arrives(timeout_s)
+        wait_for(lambda timeout_s: arrives(timeout_s) or None, limit_s=self._limit_s, what=f"the end of {self._what}")

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,21 +85,20 @@ def save(
 
 def newest(root: Path) -> Checkpoint | None:
     """The newest intact checkpoint under `root`, or None; damaged ones are skipped with a logged warning."""
-    for checkpoint in reversed(checkpoints(root)):
-        problem = damage(checkpoint)
-        if problem is None:
-            return checkpoint
-        logger.warning("checkpoint %s is damaged (%s) and is skipped; the one before is used", checkpoint.path, problem)
-    return None
+    return _first_intact(reversed(checkpoints(root)), "the one before")
 
 
 def best(root: Path) -> Checkpoint | None:
     """The intact checkpoint with the highest held-out success, the newest of equals; None where none was measured."""
-    for checkpoint in _by_success(checkpoints(root)):
+    return _first_intact(_by_success(checkpoints(root)), "the next best")
+
+
+def _first_intact(found: Iterable[Checkpoint], instead: str) -> Checkpoint | None:
+    for checkpoint in found:
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
-        logger.warning("checkpoint %s is damaged (%s) and is skipped; the next best is used", checkpoint.path, problem)
+        logger.warning("checkpoint %s is damaged (%s) and is skipped; %s is used", checkpoint.path, problem, instead)
     return None
 
 

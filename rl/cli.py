@@ -28,9 +28,9 @@ from rl.commands import (
     stop,
     train,
 )
-from rl.commands.shared import INTERRUPTED, RED, YELLOW, print_lines, say
+from rl.commands.shared import RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
-from rl.supervisor import FAILED, LOST, TRAIN_HERE
+from rl.exit_codes import ERROR, INTERRUPTED, LOST, REFUSED, TOLD
 
 COMMANDS = (
     train,
@@ -85,11 +85,10 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
-    Returns: 0; 2 for a configuration that cannot run; 75 when a part was lost, so that trying again may help; 1 for
-    whatever else went wrong on the way; 130 after Ctrl-C.
+    Returns: 0, or what `rl.exit_codes` names.
     """
     words = sys.argv[1:] if argv is None else argv
-    is_supervised = words[:1] == [TRAIN_HERE]
+    is_supervised = words[:1] == [train.TRAIN_HERE]
     try:
         return _run(words)
     except GroveError as error:
@@ -101,20 +100,20 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, e.g. `head`, has seen enough; without this Python complains once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return TOLD if is_supervised else ERROR
     except Exception:
         if not is_supervised:
             raise
-        traceback.print_exc()
-        return FAILED
+        traceback.print_exc()  # a bug: Python's own exit code is the one that means something else here
+        return TOLD
 
 
 def _exit_code(error: GroveError, is_supervised: bool) -> int:
     if isinstance(error, ConfigError):
-        return 2
+        return REFUSED
     if isinstance(error, (WorkerLost, WaitTimeout)):
         return LOST
-    return FAILED if is_supervised else 1
+    return TOLD if is_supervised else ERROR
 
 
 def _run(words: list[str]) -> int:
@@ -122,7 +121,7 @@ def _run(words: list[str]) -> int:
         print_lines(candidates(words[1:], grove_parser()))
         return 0
     parser = grove_parser()
-    is_supervised = words[:1] == [TRAIN_HERE]
+    is_supervised = words[:1] == [train.TRAIN_HERE]
     arguments, more = parser.parse_known_args(["train", *words[1:]] if is_supervised else words)
     wrong = [word for word in more if word.startswith("-") or SETTINGS not in arguments]
     if wrong:

@@ -430,5 +430,6 @@ class Run:
             "seconds": self.state.seconds,
             "stage_seconds": self.state.stage_seconds,
             "worker_restarts": self._parts.pool.num_restarts,
+            "restarts": len(self.folder.read_restarts()),
             "versions": installed_versions(),
         }

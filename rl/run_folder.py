@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -105,6 +106,22 @@ class RunFolder:
     def summary(self) -> Path:
         """The run in a few numbers, for sweeps and scripts."""
         return self.path / "summary.json"
+
+    @property
+    def restarts(self) -> Path:
+        """One JSON object for each time the run was started again after it was lost (`rl.supervisor`)."""
+        return self.path / "restarts.jsonl"
+
+    def note_restart(self, why: str) -> None:
+        """Write down that the run is started again now."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.restarts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "why": why}) + "\n")
+
+    def read_restarts(self) -> list[str]:
+        """Why the run was started again, each time so far."""
+        lines = self.restarts.read_text(encoding="utf-8").splitlines() if self.restarts.exists() else []
+        return [json.loads(line)["why"] for line in lines]
 
     def tree_file(self, step: int) -> Path:
         """File of the scored trees of one step."""

@@ -6,27 +6,20 @@ This is for the rest: a learner process, Ray itself, or the run's own process, k
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rl.interrupts import INTERRUPTS, handed_on
+from rl.exit_codes import ERROR, LOST, TOLD
+from rl.interrupts import INTERRUPTS, end_with_parent, handed_on
+from rl.run_folder import RunFolder
 
-LOST = 75
-"""Exit code of a run that lost a part it cannot replace (EX_TEMPFAIL: trying again may help)."""
-FAILED = 70
-"""Exit code of the training process for an error that it told, which starting again would not mend (EX_SOFTWARE); 1 is
-what Ray ends a process with, without a word to Python, when its own process on this machine is gone."""
 PAUSE_S = 3.0
 """Before a run is started again: what belonged to the lost one ends meanwhile."""
-PR_SET_PDEATHSIG = 1
 
 
 class Child(Protocol):
@@ -49,7 +42,7 @@ def why_lost(code: int) -> str | None:
     """
     if code == LOST:
         return "lost a part that it cannot replace"
-    if code == 1:
+    if code == ERROR:
         return "lost Ray"
     if code < 0 and -code not in INTERRUPTS:
         return f"was killed by {signal.Signals(-code).name}"
@@ -61,7 +54,7 @@ def supervise(
     run_dir: Path,
     max_restarts: int,
     tell: Callable[[str], None],
-    start: Callable[[Sequence[str]], Child] | None = None,
+    start: Callable[[Sequence[str]], Child],
     pause_s: float = PAUSE_S,
 ) -> int:
     """Train in a process of its own until the run is done, was stopped, or was lost too often.
@@ -73,10 +66,9 @@ def supervise(
         run_dir: the run's folder; each restart is noted in its restarts.jsonl.
         max_restarts: so often it is started again.
         tell: shows the user a line.
-        start: makes the process; another than the usual one in tests.
+        start: makes the process that trains with these words (`start_process`).
     Returns: the exit code for this process.
     """
-    start = start or start_training
     number = 0
     while True:
         child = start([*words, "run.resume=true"] if number else words)
@@ -86,7 +78,7 @@ def supervise(
         if why is None:
             # of one that was stopped, the signal that it was sent: Ray, while it starts, makes an abort of SIGTERM
             ended_by = stopped[0] if stopped else -code
-            return 1 if code == FAILED else code if code >= 0 else 128 + ended_by
+            return ERROR if code == TOLD else code if code >= 0 else 128 + ended_by
         if number == max_restarts:
             tell(
                 f"the run {why}; run.max_restarts={max_restarts} is used up. See {run_dir / 'logs'}; go on by hand with"
@@ -95,34 +87,13 @@ def supervise(
             return LOST
         number += 1
         tell(f"the run {why}; starting it again from its last checkpoint ({number} of {max_restarts})")
-        _note(run_dir, why)
+        RunFolder(run_dir).note_restart(why)
         time.sleep(pause_s)
 
 
-def start_training(words: Sequence[str]) -> subprocess.Popen[bytes]:
-    """`grove train` with these words, in a process group of its own that ends with us."""
-    command = [sys.executable, "-m", "rl.cli", TRAIN_HERE, *words]
+def start_process(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A process that trains, in a group of its own, which ends with us."""
     # Spinning threads would take the cores that engines and learner work on.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     # An own group: of a terminal's Ctrl-C only the one that we hand on arrives.
-    return subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
-
-
-TRAIN_HERE = "__train"
-"""The hidden command that trains in its own process."""
-
-
-def restarts(run_dir: Path) -> list[str]:
-    """Why the run was started again, each time so far."""
-    file = run_dir / "restarts.jsonl"
-    return [json.loads(line)["why"] for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
-def _note(run_dir: Path, why: str) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "restarts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "why": why}) + "\n")
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    return subprocess.Popen(command, env=environment, process_group=0, preexec_fn=end_with_parent)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -106,21 +104,19 @@ def save_tiny_model(folder: str | Path, model: Qwen3ForCausalLM, wording: Wordin
     word_ids = vocabulary(wording)
     turn_ends = [word_ids[word] for word in wording.turn_ends]
     model.generation_config = GenerationConfig(pad_token_id=word_ids[PAD], eos_token_id=turn_ends, do_sample=True)
-    with _no_progress_bar():
-        model.save_pretrained(folder)
+    write_weights(model, folder)
     tiny_tokenizer(wording).save_pretrained(folder)
     return Path(folder)
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # One small file is written at once; a bar would break into the progress of the run.
+def write_weights(model: Any, folder: str | Path) -> None:
+    """Write a small model and its config, without a progress bar that would break into the run's own."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        model.save_pretrained(folder)
     finally:
         if enabled:
             logging.enable_progress_bar()

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 RED, YELLOW, GREEN, PLAIN = "\033[31m", "\033[33m", "\033[32m", "\033[0m"
 
-INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C ended, as shells have it."""
-
 Commands = Any
 """What `argparse.ArgumentParser.add_subparsers` returns."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rl.commands.shared import (
-    INTERRUPTED,
     YELLOW,
     Commands,
     add_command,
@@ -16,6 +18,10 @@ from rl.commands.shared import (
     say,
     warn,
 )
+from rl.exit_codes import ERROR, INTERRUPTED
+
+TRAIN_HERE = "__train"
+"""The hidden command that trains in its own process."""
 
 TRAIN = """\
 Trains a policy. The configuration is checked first; all problems are shown together, before anything is started.
@@ -55,10 +61,13 @@ def _train(arguments: argparse.Namespace) -> int:
     require_runnable(cfg, warn=warn)
     if cfg.run.max_restarts == 0:
         return train_here(arguments)
-    from rl.supervisor import supervise
+    from rl.supervisor import start_process, supervise
+
+    def start(words: Sequence[str]) -> subprocess.Popen[bytes]:
+        return start_process([sys.executable, "-m", "rl.cli", TRAIN_HERE, *words])
 
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    return supervise([*own, *arguments.overrides], Path(cfg.run.dir), cfg.run.max_restarts, warn)
+    return supervise([*own, *arguments.overrides], Path(cfg.run.dir), cfg.run.max_restarts, warn, start)
 
 
 def train_here(arguments: argparse.Namespace) -> int:
@@ -89,4 +98,4 @@ def _sweep(arguments: argparse.Namespace) -> int:
             YELLOW,
         )
     print_lines([f"compare: grove compare {record.path}"])
-    return 1 if failed else 0
+    return ERROR if failed else 0

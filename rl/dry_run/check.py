@@ -42,7 +42,6 @@ from rl.dry_run.stand_in import (
     teach,
     try_tools,
     write_stand_in,
-    write_weights,
 )
 from rl.launch import Parts, launched
 from rl.loop import train_run
@@ -53,7 +52,7 @@ from rl.progress import Progress
 from rl.record import read_trees
 from rl.run import Run
 from rl.run_folder import RunFolder, open_run_folder, route_logs, settings
-from rl.tiny import save_tiny_model, tiny_model
+from rl.tiny import save_tiny_model, tiny_model, write_weights
 from rl.tracker import Tracker
 from rl.warm_start import IGNORED
 from rl.warm_start import demonstrations as task_demonstrations

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conf.errors import ConfigError
 from conf.schema import Config, TaskConfig, ToolFormat
+from rl.tiny import write_weights
 from rollout.environment import Environment
 from rollout.seeds import derive_seed
 from rollout.tools import Tool, ToolReply
@@ -152,25 +152,6 @@ def write_stand_in(source: Path, folder: Path, seed: int) -> Any:
     if (source / "generation_config.json").is_file():  # names tokens that end a turn
         shutil.copy(source / "generation_config.json", folder)
     return model
-
-
-def write_weights(model: Any, folder: Path) -> None:
-    """Write a model and its config."""
-    with _no_progress_bar():
-        model.save_pretrained(folder)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def made_up_arguments(tool: Tool, question: str) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from rl.jobs.plan import Plan
 from rl.jobs.record import Launch, State
 from rl.jobs.upload import find_upload, write_archive
 from rl.jobs.versions import pinned_versions, to_text
-
-logger = logging.getLogger(__name__)
+from rollout.patience import wait_for
 
 STATES = {
     JobStatus.PENDING: State.waiting,
@@ -40,8 +39,10 @@ TALKATIVE = (
 )
 """Loggers of Ray's client that each set a level of their own."""
 POLL_S = 0.5
+NO_AGENT = "No available agent"
+"""What the job server answers while a cluster comes up."""
 AGENT_LIMIT_S, AGENT_PAUSE_S = 120.0, 1.0
-"""Longest wait for an agent of a cluster that has just come up, and between two tries."""
+"""Longest wait for an agent, and between two tries."""
 GRACE_S = 15.0
 """What the job server may take beyond the limit that it was given to stop a job."""
 
@@ -147,18 +148,19 @@ def _client(address: str, limit_s: float) -> _Client:
 
 def _submitted(client: Any, **job: Any) -> str:
     """The job's name. A cluster that has just come up has no agent yet that would take it: that is waited for."""
-    started = time.monotonic()
-    while True:
-        try:
-            return client.submit_job(**job)
-        except RuntimeError as error:
-            waited_s = time.monotonic() - started
-            if "No available agent" not in str(error) or waited_s > AGENT_LIMIT_S:
-                raise
-            logger.warning(
-                "waiting for an agent of the cluster to take the job (%.0f of %.0f s)", waited_s, AGENT_LIMIT_S
-            )
+
+    def taken(limit_s: float) -> str | None:
+        started = time.monotonic()
+        while time.monotonic() - started < limit_s:
+            try:
+                return client.submit_job(**job)
+            except RuntimeError as error:
+                if NO_AGENT not in str(error):
+                    raise
             time.sleep(AGENT_PAUSE_S)
+        return None
+
+    return wait_for(taken, limit_s=AGENT_LIMIT_S, what="an agent of the cluster that takes the job")
 
 
 @contextlib.contextmanager

@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 
 from conf.errors import GroveError
+from rl.exit_codes import ERROR, INTERRUPTED, REFUSED
 from rl.jobs.passed import forget_passed, take_passed
 from rl.jobs.record import Ending, clear_ending, write_ending
 from rl.jobs.versions import differences, from_text, pinned_versions, refusal
-
-UNFIT = 2
-"""Exit code where the job's Python will not do; that of a configuration that cannot run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,17 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     wrong = differences(from_text(arguments.versions), pinned_versions())
     if wrong:
         print(f"error: {refusal(wrong, f'the Python of this job ({sys.executable})')}", file=sys.stderr)
-        _write_down(folder, UNFIT)
-        return UNFIT
+        _write_down(folder, REFUSED)
+        return REFUSED
     clear_ending(folder)
-    code = 1
+    code = ERROR
     try:
         take_passed()
         code = _run([*arguments.words, *_resume(folder)])
     except GroveError as error:
         print(f"error: {error}", file=sys.stderr)
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else ERROR
     finally:
         _write_down(folder, code)
         forget_passed()
@@ -56,7 +54,6 @@ def _resume(folder: Path) -> list[str]:
 
 def _run(words: list[str]) -> int:
     from rl.cli import main as grove
-    from rl.commands.shared import INTERRUPTED
     from rl.interrupts import end_as_interrupt
 
     try:

@@ -5,14 +5,12 @@ python -m rl.sweeps.member SWEEP_PID RUN_DIR setting ...
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
+from rl.interrupts import end_with_parent
 from rl.locks import locked
-from rl.supervisor import PR_SET_PDEATHSIG
 
 LOCK_LIMIT_S = 180.0
 """Longest wait for a member that a killed sweep left behind and that now writes its checkpoint."""
@@ -21,7 +19,7 @@ LOCK_LIMIT_S = 180.0
 def main(words: list[str]) -> int:
     """Train; returns the exit code of `grove train`."""
     sweep_pid, folder, settings = int(words[0]), Path(words[1]), words[2:]
-    end_with_parent(sweep_pid)
+    end_with_sweep(sweep_pid)
     lock = locked(folder, LOCK_LIMIT_S, lambda: print(f"waiting for the process that still trains in {folder}"))
     if lock is None:
         print(f"error: another process still trains in {folder} after {LOCK_LIMIT_S:.0f} s; stop it first.")
@@ -31,12 +29,11 @@ def main(words: list[str]) -> int:
     return grove(["train", *settings])
 
 
-def end_with_parent(parent: int) -> None:
-    """Get SIGTERM, which leaves a checkpoint behind, when the sweep is killed. Where the kernel has no such thing,
-    a killed sweep leaves its members running; its next start waits for them."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
+def end_with_sweep(sweep_pid: int) -> None:
+    """End, with a checkpoint, when the sweep is killed. Where the kernel has no such thing, a killed sweep leaves its
+    members running; its next start waits for them."""
+    end_with_parent()
+    if os.getppid() != sweep_pid:
         sys.exit(1)  # it died before we asked
 
 

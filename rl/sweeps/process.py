@@ -25,7 +25,6 @@ ERROR = re.compile(r"^(?:\x1b\[\d+m)?error: (.*)")
 EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Timeout|Lost|Failed|Interrupt|Exit)\b.*")
 COLOR = re.compile(r"\x1b\[[\d;]*m")
 PROGRAM = (sys.executable, "-m", "rl.sweeps.member")
-CONFIG_EXIT, INTERRUPT_EXIT = 2, 130
 
 
 class Process(Protocol):

@@ -16,12 +16,11 @@ from conf.compose import compose
 from conf.errors import ConfigError
 from conf.schema import SearchKind
 from conf.sweep import Sweep
+from rl.exit_codes import INTERRUPTED, REFUSED
 from rl.interrupts import end_as_interrupt
 from rl.locks import locked
 from rl.sweeps.plan import Plan, plan, problem, resource_warnings
 from rl.sweeps.process import (
-    CONFIG_EXIT,
-    INTERRUPT_EXIT,
     Launch,
     Process,
     gpu_slots,
@@ -186,10 +185,10 @@ class SweepRun:
             self._end(member, each.becomes, each.why)
             return
         reason = each.why or reason_of(self.record.log(member), code)
-        if code == INTERRUPT_EXIT and not each.why:
+        if code == INTERRUPTED and not each.why:
             self._end(member, Status.stopped, "interrupted from outside")
             raise KeyboardInterrupt  # whoever stops a member by hand, or the whole machine, means the sweep
-        if code != CONFIG_EXIT and member.tries <= settings.max_retries:
+        if code != REFUSED and member.tries <= settings.max_retries:
             self._end(member, Status.waiting, f"try {member.tries} failed: {reason}")
         else:
             self._end(member, Status.failed, reason)

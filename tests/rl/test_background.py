@@ -73,6 +73,6 @@ def test_what_goes_wrong_before_the_caller_may_go_on_is_raised_there():
 def test_work_that_never_ends_is_a_time_out():
     gate = threading.Event()
     background = Background("the checkpoint", 0.02)
-    with pytest.raises(WaitTimeout, match="the checkpoint did not end within 0 s"):
+    with pytest.raises(WaitTimeout, match="the end of the checkpoint did not come within 0 s"):
         background.begin(lambda go_on: gate.wait(5) and None)
     gate.set()

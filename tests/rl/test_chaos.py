@@ -19,7 +19,7 @@ import pytest
 from whole_runs import WARM_START
 
 from rl.record import read_trees
-from rl.supervisor import restarts
+from rl.run_folder import RunFolder
 from rollout.tree import Tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -159,7 +159,7 @@ def test_a_run_whose_every_part_is_killed_once_equals_the_undisturbed_one(room: 
     calm = trained(room, "calm parts", *settings)
     stormy = trained(room, "stormy parts", *settings, meanwhile=kill_parts(STORM))
     assert metrics(stormy) == metrics(calm)
-    assert restarts(calm) == [] and len(restarts(stormy)) == 3
+    assert RunFolder(calm).read_restarts() == [] and len(RunFolder(stormy).read_restarts()) == 3
     told = (room / "stormy parts.log").read_text()
     assert "the reward service was lost" in told and "rollout worker" in told and "starting another" in told
 

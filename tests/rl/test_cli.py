@@ -127,6 +127,11 @@ def test_a_training_process_says_what_starting_it_again_would_not_mend(calls: Ca
         assert main(["__train", ONE_WORKER]) == code
 
 
+def test_a_reader_who_has_seen_enough_does_not_make_a_run_start_again(calls: Calls):
+    calls.error = BrokenPipeError()
+    assert main(["__train", ONE_WORKER]) == 70
+
+
 def test_a_bug_keeps_its_traceback(calls: Calls):
     calls.error = AssertionError("ours")
     with pytest.raises(AssertionError, match="ours"):

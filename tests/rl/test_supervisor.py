@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rl.supervisor import FAILED, LOST, restarts, supervise, why_lost
+from rl.exit_codes import LOST, TOLD
+from rl.run_folder import RunFolder
+from rl.supervisor import supervise, why_lost
 
 RAYS_OWN = 1
 
@@ -39,11 +41,11 @@ def supervised(tmp_path: Path, script: Script, max_restarts: int = 3) -> tuple[i
     return supervise(["seed=1"], tmp_path / "run", max_restarts, told.append, script, pause_s=0.0), told
 
 
-@pytest.mark.parametrize(("of_child", "code"), [(0, 0), (2, 2), (FAILED, 1), (130, 130), (-signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("of_child", "code"), [(0, 0), (2, 2), (TOLD, 1), (130, 130), (-signal.SIGTERM, 143)])
 def test_a_run_that_is_done_refused_or_stopped_is_not_started_again(tmp_path: Path, of_child: int, code: int):
     script = Script(of_child)
     assert supervised(tmp_path, script) == (code, [])
-    assert script.asked == [["seed=1"]] and restarts(tmp_path / "run") == []
+    assert script.asked == [["seed=1"]] and RunFolder(tmp_path / "run").read_restarts() == []
 
 
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path: Path):
@@ -56,7 +58,11 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path: Path):
         "the run lost a part that it cannot replace; starting it again from its last checkpoint (2 of 3)",
         "the run lost Ray; starting it again from its last checkpoint (3 of 3)",
     ]
-    assert restarts(tmp_path / "run") == ["was killed by SIGKILL", "lost a part that it cannot replace", "lost Ray"]
+    assert RunFolder(tmp_path / "run").read_restarts() == [
+        "was killed by SIGKILL",
+        "lost a part that it cannot replace",
+        "lost Ray",
+    ]
 
 
 def test_a_run_that_is_lost_again_and_again_ends_with_what_to_do(tmp_path: Path):
@@ -93,11 +99,11 @@ time.sleep(60)
 """
 
 PARENT = f"""
-import sys, subprocess
+import sys
 from pathlib import Path
-from rl.supervisor import _end_with_parent, supervise
+from rl.supervisor import start_process, supervise
 def start(words):
-    return subprocess.Popen([sys.executable, "-c", {CHILD!r}], process_group=0, preexec_fn=_end_with_parent)
+    return start_process([sys.executable, "-c", {CHILD!r}])
 sys.exit(supervise([], Path(sys.argv[1]), 3, print, start))
 """
 

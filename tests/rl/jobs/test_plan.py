@@ -15,7 +15,7 @@ from rl.jobs.plan import JOB_NAME_CHARS, Plan, changed_settings, job_name, plan_
 from rl.run_folder import settings
 
 NOW = datetime(2026, 11, 28, 9, 30, 5)
-HERE = Path("/home/me/work")
+HERE = Path("/home/me/project")
 
 
 def plan(where: str, *overrides: str, config_dir: str = "", folder: Path = HERE) -> Plan:
@@ -25,7 +25,7 @@ def plan(where: str, *overrides: str, config_dir: str = "", folder: Path = HERE)
 
 def test_a_run_of_this_machine_is_trained_in_its_own_folder_without_the_words_of_its_launch():
     made = plan("local", "seed=3", "launch.stop_limit_s=9")
-    assert made.words == ("train", "experiment=hop_search", "seed=3", "run.dir=/home/me/work/runs/hop_search-seed3")
+    assert made.words == ("train", "experiment=hop_search", "seed=3", "run.dir=/home/me/project/runs/hop_search-seed3")
     assert made.here == HERE / "runs/hop_search-seed3"
     assert made.command == "grove launch local experiment=hop_search seed=3 launch.stop_limit_s=9"
     assert made.job == "hop-search-seed3-20261128-093005"

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from conf.compose import compose
-from conf.errors import LaunchError
+from conf.errors import LaunchError, WaitTimeout
 from rl.jobs import passed, ray_cluster
 from rl.jobs.plan import Plan, plan_launch
 from rl.jobs.ray_cluster import RayCluster
@@ -180,6 +180,6 @@ def test_a_cluster_that_has_just_come_up_is_waited_for_and_one_that_refuses_is_n
     assert ray_cluster._submitted(JustUp(early, early), submission_id="job") == "job"
     with pytest.raises(RuntimeError, match="no such folder"):
         ray_cluster._submitted(JustUp("no such folder"), submission_id="job")
-    monkeypatch.setattr(ray_cluster, "AGENT_LIMIT_S", -1.0)
-    with pytest.raises(RuntimeError, match="No available agent"):
-        ray_cluster._submitted(JustUp(early), submission_id="job")
+    monkeypatch.setattr(ray_cluster, "AGENT_LIMIT_S", 0.02)
+    with pytest.raises(WaitTimeout, match="an agent of the cluster that takes the job did not come"):
+        ray_cluster._submitted(JustUp(*[early] * 1_000_000), submission_id="job")
