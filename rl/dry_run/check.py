@@ -153,18 +153,20 @@ class _Stages(Progress):
 
     def __init__(self, cfg: Config, tell: Tell, quiet: Console) -> None:
         super().__init__(cfg, quiet)
-        self._tell, self.name = tell, "step 1"
+        self._tell = tell
+        self.name = self._ended = "step 1"
 
     def update(self, step: int, metrics: Any) -> None:
         """After a step its successor begins."""
         super().update(step, metrics)
         if "time/step_seconds" in metrics:
-            self.name = f"step {step + 1}"
+            self._ended, self.name = self.name, f"step {step + 1}"
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Tell a stage when it ends, and one that does not as failed."""
-        with _timed(self._tell, name if name == "eval" else f"{self.name}: {name}"):
+        of_step = self._ended if name == "checkpoint" else self.name  # it is written once its step has ended
+        with _timed(self._tell, name if name == "eval" else f"{of_step}: {name}"):
             yield
 
 

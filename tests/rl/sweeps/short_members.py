@@ -19,7 +19,7 @@ from conf.compose import compose
 from conf.sweep import read_sweep
 from rl.interrupts import end_as_interrupt
 from rl.locks import locked
-from rl.sweeps.member import end_with_parent
+from rl.sweeps.member import end_with_sweep
 from rl.sweeps.process import launch_locally
 from rl.sweeps.run import run_sweep
 
@@ -34,7 +34,7 @@ def sweep(settings: list[str]) -> int:
 
 
 def member(parent: int, folder: Path, settings: list[str]) -> int:
-    end_with_parent(parent)
+    end_with_sweep(parent)
     lock = locked(folder, limit_s=30)
     assert lock is not None
     cfg = compose(settings)
