@@ -119,13 +119,13 @@ def count_aborts(worker: Any) -> None:
 def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_not_held_up(
     pool: RolloutPool, prompts: list[Prompt], cfg: Config
 ):
-    (worker,) = pool.actors()
-    ray.get(worker.__ray_call__.remote(count_aborts), timeout=60)
+    workers = pool.actors()
+    ray.get([worker.__ray_call__.remote(count_aborts) for worker in workers], timeout=60)
     hurried = replace(cfg.rollout, expander=ExpanderKind.chains, num_leaves=3, max_turn_tokens=400, turn_timeout_s=1e-4)
     ((_, tree),) = pool.grow(prompts[:1], 5, hurried)
     assert [(node.action_ids, node.stop) for node in tree.nodes] == [([], StopReason.deadline)] * 3
     patient = replace(hurried, max_turn_tokens=24, turn_timeout_s=60.0)
     ((_, tree),) = pool.grow(prompts[:1], 5, patient)
     assert len(tree.trained_leaves()) == 3
-    aborted = ray.get(worker.__ray_call__.remote(lambda it: it._engine._engine._served._engine.aborted), timeout=60)
-    assert len(aborted) == 3
+    aborted = [worker.__ray_call__.remote(lambda it: it._engine._engine._served._engine.aborted) for worker in workers]
+    assert sum(map(len, ray.get(aborted, timeout=60))) == 3

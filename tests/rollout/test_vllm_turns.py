@@ -36,9 +36,11 @@ class Recorder:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
     recorder = Recorder()
     monkeypatch.setattr("rollout.vllm_engine.serve", lambda *_, **__: recorder)
-    monkeypatch.setattr("rollout.vllm_engine.engine_args", lambda *_: None)
+    monkeypatch.setattr("rollout.vllm_engine.engine_args", lambda *_: AsyncEngineArgs())
     return recorder
 
 
