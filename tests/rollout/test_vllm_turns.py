@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -34,13 +35,18 @@ class Recorder:
         return call
 
 
+@dataclass
+class Arguments:
+    """Stands for vLLM's, which look for the model."""
+
+    disable_log_stats: bool = True
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     recorder = Recorder()
     monkeypatch.setattr("rollout.vllm_engine.serve", lambda *_, **__: recorder)
-    monkeypatch.setattr("rollout.vllm_engine.engine_args", lambda *_: AsyncEngineArgs())
+    monkeypatch.setattr("rollout.vllm_engine.engine_args", lambda *_: Arguments())
     return recorder
 
 
