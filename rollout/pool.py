@@ -309,7 +309,6 @@ class RolloutPool:
                         raise
                     ray.kill(worker.actor)
                     self._lost_nodes.add(node)  # Ray tells of the worker before it gives up the node: it is one loss
-                    why = "with its node"
             self._workers.remove(worker)
             lost = (
                 f"rollout worker {worker.number} was lost ({why}), number {self._restarts} of this run: "
@@ -335,7 +334,7 @@ class RolloutPool:
     def _do_without(self, worker: _Worker, why: str) -> None:
         self._workers.remove(worker)
         self._homeless.append(worker.number)
-        lost = f"rollout worker {worker.number} is gone ({why}), and no other node has room for it"
+        lost = f"rollout worker {worker.number} was lost with its node ({why}), and no other has room for it"
         if not self._workers:
             raise WorkerLost(
                 f"{lost}; it was the last. Bring the node back, or another, and continue by run.resume=true."

@@ -121,7 +121,7 @@ def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_no
 ):
     workers = pool.actors()
     ray.get([worker.__ray_call__.remote(count_aborts) for worker in workers], timeout=60)
-    hurried = replace(cfg.rollout, expander=ExpanderKind.chains, num_leaves=3, max_turn_tokens=400, turn_timeout_s=1e-4)
+    hurried = replace(cfg.rollout, expander=ExpanderKind.chains, num_leaves=3, max_turn_tokens=400, turn_timeout_s=0.05)
     ((_, tree),) = pool.grow(prompts[:1], 5, hurried)
     assert [(node.action_ids, node.stop) for node in tree.nodes] == [([], StopReason.deadline)] * 3
     patient = replace(hurried, max_turn_tokens=24, turn_timeout_s=60.0)
