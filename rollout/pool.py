@@ -334,7 +334,7 @@ class RolloutPool:
     def _do_without(self, worker: _Worker, why: str) -> None:
         self._workers.remove(worker)
         self._homeless.append(worker.number)
-        lost = f"rollout worker {worker.number} was lost with its node ({why}), and no other has room for it"
+        lost = f"rollout worker {worker.number} was lost with its node ({why}), and no other node has room for it"
         if not self._workers:
             raise WorkerLost(
                 f"{lost}; it was the last. Bring the node back, or another, and continue by run.resume=true."
