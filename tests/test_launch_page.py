@@ -60,7 +60,13 @@ def test_the_pages_commands_print_what_the_page_says(tmp_path: Path, short_room:
     script = "set -eu\n" + "".join(
         f"{commands}\necho '{DONE}'\necho $SECONDS >> ../seconds\n" for commands, _ in steps()
     )
-    for known, own in (("6390", free_port()), ("8265", free_port()), ("/tmp/grove_", f"{short_room}/")):
+    for known, own in (
+        ("6390", free_port()),
+        ("8265", free_port()),
+        ("52365", free_port()),
+        ("52366", free_port()),
+        ("/tmp/grove_", f"{short_room}/"),
+    ):
         script = script.replace(known, str(own))
     launching = re.compile(r"^(grove launch ray.*?)( \\)?$", re.MULTILINE)
     port = re.search(r"--dashboard-port=(\d+)", script)
