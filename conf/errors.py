@@ -59,5 +59,9 @@ class CheckpointError(GroveError, RuntimeError):
     """A checkpoint that could not be written, or does not match its checksum."""
 
 
+class DiskFull(CheckpointError):
+    """A checkpoint for which there was no room."""
+
+
 class LaunchError(GroveError, RuntimeError):
     """A place that runs jobs refused one, lost it, or does not answer."""

@@ -508,6 +508,9 @@ class RunConfig:
     """Train on while a checkpoint's files are written; false stands still until they are on the disk."""
     checkpoint_timeout_s: float = 1800.0
     """Longest wait for a checkpoint to be copied, and again for its files to be written."""
+    disk_wait_s: float = 600.0
+    """Longest wait for room on a full disk before the run ends; 0 ends it at once. One checkpoint that finds no room is
+    left out meanwhile."""
     record_every_steps: int = 1
     """Write the scored trees of each so many steps to trees/; 0 to write none."""
     profile_steps: list[int] = field(default_factory=list)

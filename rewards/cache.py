@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sqlite3
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rewards.types import BROKEN, Score, ScoreStatus
+
+logger = logging.getLogger(__name__)
 
 WAIT_S = 30.0
 """Longest wait for another run that writes to the same file."""
@@ -38,16 +41,23 @@ class ScoreCache:
         return {name: [_score(each) for each in json.loads(said)] for name, said in kept.items()}
 
     def keep(self, answers: Mapping[str, list[Score]]) -> None:
-        """Add what was said, but for answers with a broken score."""
+        """Add what was said, but for answers with a broken score. A file that takes nothing, on a full disk, is logged:
+        these questions will be asked again."""
         rows = [
             (name, json.dumps([_row(score) for score in scores]))
             for name, scores in answers.items()
             if not any(score.status in BROKEN for score in scores)
         ]
-        if rows:
+        if not rows:
+            return
+        try:
             self._file.execute("BEGIN")
             self._file.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
             self._file.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if self._file.in_transaction:
+                self._file.execute("ROLLBACK")
+            logger.warning("%d scores could not be kept (%s): they will be asked for again", len(rows), error)
 
     def close(self) -> None:
         """Close the file."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import CheckpointError
+from conf.errors import CheckpointError, DiskFull
+from rl.disk import is_full
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,11 @@ FORMAT = 2
 STEP_FOLDER = re.compile(r"step_(\d{6,})(\.replaced)?")
 UNFINISHED = ".unfinished_"
 """Prefix of folders still being written; whatever bears it was left by a killed run."""
-DISK_WORDS = re.compile(r"no space left|disk quota|input/output error|inline_container", re.IGNORECASE)
+FULL_WORDS = re.compile(r"no space left|disk quota|inline_container", re.IGNORECASE)
 """How safetensors (the system's words) and torch.save (its zip writer's file) tell of a full disk, for neither raises
 OSError."""
+TROUBLE_WORDS = re.compile(r"input/output error", re.IGNORECASE)
+"""The same, of one that is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ def save(
         keep_best: beside those, checkpoints to keep that had the highest held-out success.
         success: held-out success of this step, a share; None where it was not measured.
     Returns: the new checkpoint, read back and verified.
-    Raises: CheckpointError when the disk refuses; earlier checkpoints are then untouched and nothing half-made stays.
+    Raises: DiskFull, or CheckpointError when the disk refuses otherwise; earlier checkpoints are then untouched and
+        nothing half-made stays.
     """
     assert keep >= 1, f"keep={keep} would remove the checkpoint just written"
     unfinished = root / f"{UNFINISHED}step_{step:06d}"
@@ -219,7 +223,11 @@ def _remove_unfinished(root: Path) -> None:
 
 
 def _is_disk_trouble(error: Exception) -> bool:
-    return isinstance(error, OSError) or DISK_WORDS.search(str(error)) is not None
+    return isinstance(error, OSError) or _is_full(error) or TROUBLE_WORDS.search(str(error)) is not None
+
+
+def _is_full(error: Exception) -> bool:
+    return is_full(error) or FULL_WORDS.search(str(error)) is not None
 
 
 def _not_written(root: Path, step: int, written_bytes: int, error: Exception) -> CheckpointError:
@@ -232,7 +240,8 @@ def _not_written(root: Path, step: int, written_bytes: int, error: Exception) ->
         survivor = f"The last good checkpoint is untouched: {last.path} (step {last.step}); run.resume=true uses it."
     why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # one from an actor carries its traceback
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
-    return CheckpointError(
+    kind = DiskFull if _is_full(error) else CheckpointError
+    return kind(
         f"checkpoint of step {step} could not be written to {root} ({why}): {needed} and {free_bytes:,} are free. "
         f"{survivor} Free some space, lower run.keep_checkpoints or choose another run.dir, then resume."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -279,8 +280,7 @@ class MetricsLog:
         last = self.rows[-1]["step"] if self.rows else step
         assert step >= last, f"step {step} comes after step {last} was written"
         row = {"step": step, **{name: _json_number(value) for name, value in metrics.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self.path, json.dumps(row) + "\n")
         self.rows = _merged([*self.rows[-1:], row], onto=self.rows[:-1])
         return self.rows[-1]
 
@@ -314,6 +314,17 @@ def _merged(rows: Iterable[dict[str, Any]], onto: list[dict[str, Any]]) -> list[
         else:
             merged.append(row)
     return merged
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line or nothing: a disk without room takes a part of it, and nothing may be appended to that."""
+    size_bytes = path.stat().st_size
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:
+        os.truncate(path, size_bytes)
+        raise
 
 
 def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -6,10 +6,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.errors import CheckpointError
 from conf.schema import Config, PrmOrder
@@ -20,6 +20,7 @@ from rl.batch_metrics import reward_metrics, rollout_metrics, staleness_metrics
 from rl.credit.measured import Measured, measurements_needed
 from rl.credit.normalize import Moments
 from rl.credited import Credited, credited
+from rl.disk import once_there_is_room
 from rl.evaluate import evaluate, evaluation_metrics, evaluation_under
 from rl.health import health_metrics
 from rl.idle import IdleMeter, Span, write_stage_trace
@@ -49,6 +50,8 @@ from rollout.tree import Tree
 from rollout.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+Written = TypeVar("Written")
 
 BATCH_LIMIT_S = 24 * 3600.0
 """Of a batch that grows ahead; its trees have limits of their own, which come first."""
@@ -315,7 +318,8 @@ class Run:
         assert self._log is not None and self._shares is not None, "the run was restored before it stepped"
         step = self.state.step
         if self.cfg.run.record_every_steps and step % self.cfg.run.record_every_steps == 0:
-            write_records(self.folder.tree_file(step), recorded_trees(scored, found, self._shares))
+            records, shares = self.folder.tree_file(step), self._shares
+            self._write("the step's trees", lambda: write_records(records, recorded_trees(scored, found, shares)))
         self._metrics["rollout/total_generated_tokens"] = float(self.state.generated_tokens)
         self._metrics |= {f"time/{part}_idle_share": share for part, share in self._idle.shares().items()}
         self._metrics["time/step_seconds"] = time.monotonic() - self._step_started
@@ -335,7 +339,7 @@ class Run:
         with self._stage("eval"), self._ahead.paused(BATCH_LIMIT_S) if self._ahead else contextlib.nullcontext():
             outcomes = evaluate(self.cfg, self._parts, self._source)
             found = evaluation_under(self.cfg, outcomes)
-        write_outcomes(self.folder.evaluation_file(step), outcomes)
+        self._write("the evaluation", lambda: write_outcomes(self.folder.evaluation_file(step), outcomes))
         error = found.standard_error
         self.state.success_after = found.success_share
         self.state.success_standard_error = error if math.isfinite(error) else None
@@ -353,7 +357,7 @@ class Run:
         if every and self.state.step % every == 0 and self._checkpointed_step != self.state.step:
             self.checkpoint()
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, room_wait_s: float | None = None) -> None:
         """Save model, optimiser, counters and trees in flight; training stands still until they are copied."""
         self._metrics = {}
         self.state.seconds = time.monotonic() - self._started
@@ -361,7 +365,7 @@ class Run:
         success = state.success_after if state.evaluated_step == state.step else None
         ahead = self._ahead.in_flight() if self._ahead else []
         with self._stage("checkpoint"):
-            self._saver.begin(state.step, asdict(state), ahead, success)
+            self._saver.begin(state.step, asdict(state), ahead, success, room_wait_s)
         self._stood_still = self._metrics
         self._checkpointed_step = state.step
 
@@ -370,11 +374,11 @@ class Run:
         if self._checkpointed_step != self.state.step or self.state.step == 0:
             self.checkpoint()
         with self._stage("checkpoint"):
-            self._saver.wait()
+            self._saver.finish()
         summary = self._summary()
-        self.folder.write_summary(summary)
+        self._write("summary.json", lambda: self.folder.write_summary(summary))
         self._tracker.summarize(summary)
-        report = write_report(self.folder.path)
+        report = self._write("the report", lambda: write_report(self.folder.path))
         self._progress.note(f"report: {report}")
         return summary
 
@@ -386,7 +390,7 @@ class Run:
                 if isinstance(error, CheckpointError) or not self.state.step:
                     return
                 if self.state.step != self._checkpointed_step:
-                    self.checkpoint()
+                    self.checkpoint(room_wait_s=0.0)  # whoever interrupts does not wait
                     self._saver.wait()
             except Exception as lost:
                 logger.error("the last finished step could not be saved: %s", lost)
@@ -401,6 +405,9 @@ class Run:
     def _ask(self, calls: Calls, what: str, limit_s: float | None = None) -> Any:
         return self._learner.answer(calls, limit_s=limit_s or self.cfg.learner.update_timeout_s, what=what)
 
+    def _write(self, what: str, write: Callable[[], Written]) -> Written:
+        return once_there_is_room(write, what=f"{what} in {self.folder.path}", limit_s=self.cfg.run.disk_wait_s)
+
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started = time.monotonic()
@@ -413,7 +420,8 @@ class Run:
 
     def _emit(self) -> None:
         assert self._log is not None, "the run was restored before it wrote metrics"
-        self._log.append(self.state.step, self._metrics)
+        log = self._log
+        self._write("metrics", lambda: log.append(self.state.step, self._metrics))
         self._tracker.log(self._metrics, self.state.step)
         self._progress.update(self.state.step, self._metrics)
 

@@ -276,11 +276,20 @@ def route_logs(folder: Path) -> Callable[[], None]:
     return put_back
 
 
+class _File(logging.FileHandler):
+    """A log on a full disk loses lines; the terminal is not the place to tell of each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Tell of anything but the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def _driver_log(path: Path) -> logging.Handler:
     """The handler that writes to `path`, the one already in place when logs go there now."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler) and handler.baseFilename == str(path.absolute()):
             return handler
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _File(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import CheckpointError, ConfigError
+from conf.errors import CheckpointError, ConfigError, DiskFull
 from conf.schema import Config
 from rl import checkpoint
 from rl.ahead import Grown
 from rl.background import Background
 from rl.checkpoint import Checkpoint
+from rl.disk import once_there_is_room
 from rl.generators import generators_text, restore_generators
 from rl.in_flight import Kept, read_kept, write_kept
 from rl.launch import Parts
@@ -43,6 +45,9 @@ class Saver:
 
     Training stands still until the learner's state and the batches in flight are copied; the files are written, synced,
     checksummed and put in place meanwhile. What goes wrong there is raised by the next `begin`, `check` or `wait`.
+
+    A checkpoint that finds the disk full is left out and training goes on; the next one waits for room, as the last one
+    of a run does.
     """
 
     def __init__(self, cfg: Config, folder: RunFolder, parts: Parts) -> None:
@@ -51,8 +56,19 @@ class Saver:
         self._limit_s = cfg.run.checkpoint_timeout_s
         # Copied, then written, each within the limit; and read back.
         self._background = Background("the checkpoint", 3 * self._limit_s)
+        self._left_out = False
+        """The newest checkpoint, since the disk was full."""
+        self._work: Callable[[Callable[[], None]], None] | None = None
+        """Writes the newest checkpoint."""
 
-    def begin(self, step: int, run: dict[str, Any], ahead: Sequence[Grown], success: float | None) -> None:
+    def begin(
+        self,
+        step: int,
+        run: dict[str, Any],
+        ahead: Sequence[Grown],
+        success: float | None,
+        room_wait_s: float | None = None,
+    ) -> None:
         """Save the state after `step`; returns once training may go on, with run.checkpoint_in_background=false at
         the end.
 
@@ -60,8 +76,11 @@ class Saver:
             run: the run's own counters, as JSON values.
             ahead: batches that have begun to grow and are not trained yet.
             success: held-out success at this step, where it was measured.
+            room_wait_s: run.disk_wait_s, or another longest wait for room.
         Raises: CheckpointError, of this checkpoint or of the one before; WorkerLost; WaitTimeout.
         """
+        with self._left_out_where_full():
+            self._background.wait()
         state = {
             "seed": self._cfg.seed,
             "run": run,
@@ -86,17 +105,51 @@ class Saver:
             checkpoint.save(self._root, step, write, state, keep, keep_best=keep_best, success=success)
             logger.info("checkpoint of step %d: written in %.2f s", step, time.monotonic() - started)
 
-        self._background.begin(work)
-        if not self._cfg.run.checkpoint_in_background:
-            self._background.wait()
+        self._work = work
+        if self._left_out or not self._cfg.run.checkpoint_in_background:
+            self._stand_still(self._cfg.run.disk_wait_s if room_wait_s is None else room_wait_s)
+        else:
+            with self._left_out_where_full():
+                self._background.begin(work)
 
     def check(self) -> None:
-        """Raise what went wrong in writing; returns at once."""
-        self._background.check()
+        """Raise what went wrong in writing, but for a disk that is full; returns at once."""
+        with self._left_out_where_full():
+            self._background.check()
 
     def wait(self) -> None:
         """Until what was begun is on the disk; raises as `begin`."""
         self._background.wait()
+
+    def finish(self) -> None:
+        """As `wait`, and where the disk is full until there is room; training has not gone on since `begin`."""
+        try:
+            self._background.wait()
+        except DiskFull:
+            self._left_out = True
+        if self._left_out:
+            self._stand_still(self._cfg.run.disk_wait_s)
+
+    def _stand_still(self, room_wait_s: float) -> None:
+        assert self._work is not None, "a checkpoint was begun"
+        work = self._work
+
+        def write() -> None:
+            self._background.begin(work)
+            self._background.wait()
+
+        once_there_is_room(write, what="a checkpoint", limit_s=room_wait_s)
+        self._left_out = False
+
+    @contextlib.contextmanager
+    def _left_out_where_full(self) -> Iterator[None]:
+        try:
+            yield
+        except DiskFull as error:
+            if not self._cfg.run.disk_wait_s:
+                raise
+            self._left_out = True
+            logger.warning("training goes on without a checkpoint, and the next one waits for room: %s", error)
 
     def restore(self) -> Restored | None:
         """Bring the learner, and the process reward model, to the newest intact checkpoint; None where there is none.

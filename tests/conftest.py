@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import shutil
@@ -18,11 +19,22 @@ ROOT = Path(__file__).parents[1]
 # The repository comes first: tests/rewards and its like are folders without __init__.py and would hide the packages.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import whole_runs  # noqa: E402, F401, makes a folder that all test processes share
 from key_reads import is_whole_suite, missing_keys  # noqa: E402
 
 from conf.reads import FOLDER_VARIABLE, note_records  # noqa: E402
 
 READS, MISSING = pytest.StashKey[Path](), pytest.StashKey[list[str]]()
+
+LONGEST = ("test_train",)
+"""Modules of minutes, in the order in which they begin."""
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several tests look for what is left behind: each test process has a folder for it, which other users may enter.
+    tempfile.tempdir = tempfile.mkdtemp(prefix=f"{os.environ['PYTEST_XDIST_WORKER']}-")
+    os.environ["TMPDIR"] = tempfile.tempdir
+    Path(tempfile.tempdir).chmod(0o711)
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 # Before anything imports the libraries that read them; Ray's workers and spawned processes inherit them.
 os.environ.update(
@@ -98,16 +110,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line("  " + "\n  ".join(missing))
 
 
-NEEDS_THE_MACHINE = ("ray", "vllm", "slow")
-"""Markers of tests that start processes of their own: they run one after another, beside those that do not."""
+PROCESSES_OF_THEIR_OWN = ("ray", "vllm", "slow")
+"""Markers of tests that start processes."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, `gpu` without a CUDA device and `vllm` where vLLM is not installed; of several
-    test processes (`pytest -n 2 --dist loadgroup`) let one alone run what needs the machine."""
+    """Skip what this machine cannot run: `gpu` without a CUDA device, `vllm` where vLLM is not installed.
+
+    With `pytest -n 2 --dist loadgroup --no-loadscope-reorder` the tests that start no process come first, one by one;
+    the others follow in modules, longest first, so that neither test process ends long before the other.
+    """
+    items.sort(key=lambda item: _turn(item))
     for item in items:
-        if any(item.get_closest_marker(name) for name in NEEDS_THE_MACHINE):
-            item.add_marker(pytest.mark.xdist_group("machine"))
+        if _starts_processes(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     marked_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if marked_gpu and not _has_cuda():
         for item in marked_gpu:
@@ -116,6 +133,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="needs vLLM: make install"))
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in PROCESSES_OF_THEIR_OWN)
+
+
+def _turn(item: pytest.Item) -> int:
+    if not _starts_processes(item):
+        return 0
+    return 1 + (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def _has_cuda() -> bool:

@@ -5,6 +5,7 @@ import math
 import sqlite3
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer
@@ -48,6 +49,20 @@ def test_broken_scores_are_never_kept():
     cache = ScoreCache()
     cache.keep({"a": [Score(1.0), Score.failed("down")], "b": [Score.timed_out("late")], "c": [Score(0.0)]})
     assert cache.found(["a", "b", "c"]) == {"c": [Score(0.0)]}
+    cache.close()
+
+
+def test_a_full_disk_costs_questions_and_no_scores(caplog: pytest.LogCaptureFixture):
+    cache = ScoreCache()
+    cache.keep({"early": [Score(1.0)]})
+    pages = cache._file.execute("PRAGMA page_count").fetchone()[0]
+    cache._file.execute(f"PRAGMA max_page_count={pages}")
+    cache.keep({f"late {number}": [Score(1.0)] for number in range(1000)})
+    assert "1000 scores could not be kept (database or disk is full)" in caplog.text
+    assert cache.found(["early", "late 0", "late 999"]) == {"early": [Score(1.0)]}
+    cache._file.execute("PRAGMA max_page_count=100000")
+    cache.keep({"late 0": [Score(0.5)]})
+    assert cache.found(["late 0"]) == {"late 0": [Score(0.5)]}
     cache.close()
 
 

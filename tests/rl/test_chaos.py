@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 from whole_runs import WARM_START
+from whole_runs import steady_metrics as metrics
 
+from rl.checkpoint import newest
 from rl.record import read_trees
 from rl.run_folder import RunFolder
 from rollout.tree import Tree
@@ -27,21 +31,42 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.t
 STEPS = int(os.environ.get("GROVE_CHAOS_STEPS", "8"))
 KILL_EVERY = 5 if STEPS >= 20 else 3
 SMALL = [
-    *("experiment=hop_search", "run.eval_prompts=0", "run.checkpoint_every_steps=0", "rollout.prompts_per_step=6"),
+    *("experiment=hop_search", "run.eval_prompts=0", "run.checkpoint_every_steps=2", "rollout.prompts_per_step=6"),
     *(*WARM_START, "rollout.max_worker_restarts=1000", f"run.num_steps={STEPS}"),
 ]
+long = pytest.mark.skipif(STEPS < 20, reason="takes minutes: make chaos")
+
+
+BREVITY = """
+def brevity(step, question):
+    return min(1.0, len(question) / max(1, len(step.action_text)))
+"""
 
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("chaos")
+    room = tmp_path_factory.mktemp("chaos")
+    (room / "brevity.py").write_text(BREVITY)
+    return room
+
+
+def words_of(room: Path, folder: Path, *overrides: str) -> list[str]:
+    """A run's command line."""
+    reward = f"rewards.sources.brevity={{fn: {room}/brevity.py:brevity, weight: 0.2}}"
+    return [sys.executable, "-m", "rl.cli", "train", *SMALL, reward, f"run.dir={folder}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def calm(room: Path) -> Path:
+    """A run that nobody disturbs."""
+    return trained(room, "calm")
 
 
 def trained(
     room: Path, name: str, *overrides: str, meanwhile: Callable[[psutil.Process, Path], None] | None = None
 ) -> Path:
     folder = room / name
-    command = [sys.executable, "-m", "rl.cli", "train", *SMALL, f"run.dir={folder}", *overrides]
+    command = words_of(room, folder, *overrides)
     log = room / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -49,14 +74,6 @@ def trained(
             meanwhile(psutil.Process(process.pid), folder)
         assert process.wait(timeout=1500) == 0, log.read_text()[-4000:]
     return folder
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "seconds", "per_second", "cached")
-    return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
 
 
 def recorded(folder: Path, step: int) -> list[Tree]:
@@ -80,8 +97,8 @@ def kill_workers(process: psutil.Process, folder: Path) -> None:
             number += 1
 
 
-def test_a_run_whose_workers_are_killed_equals_the_undisturbed_one(room: Path):
-    calm = trained(room, "calm")
+@long  # the run whose every part is killed loses a worker too
+def test_a_run_whose_workers_are_killed_equals_the_undisturbed_one(room: Path, calm: Path):
     stormy = trained(room, "stormy", meanwhile=kill_workers)
     summary = json.loads((stormy / "summary.json").read_text())
     assert summary["worker_restarts"] >= (STEPS - 1) // KILL_EVERY
@@ -118,11 +135,6 @@ PARTS: dict[str, Callable[[psutil.Process], list[psutil.Process]]] = {
     "engine core": lambda run: named(run, "EngineCore"),
 }
 
-BREVITY = """
-def brevity(step, question):
-    return min(1.0, len(question) / max(1, len(step.action_text)))
-"""
-
 
 def named(run: psutil.Process, words: str) -> list[psutil.Process]:
     """Processes of a run whose command line contains the words, oldest first."""
@@ -149,22 +161,15 @@ def kill_parts(storm: list[tuple[int, str]]) -> Callable[[psutil.Process, Path],
     return kill
 
 
-def test_a_run_whose_every_part_is_killed_once_equals_the_undisturbed_one(room: Path):
-    reward = room / "brevity.py"
-    reward.write_text(BREVITY)
-    settings = [
-        *(f"rewards.sources.brevity={{fn: {reward}:brevity, weight: 0.2}}", "run.num_steps=8"),
-        *("run.checkpoint_every_steps=2", "run.max_restarts=3"),
-    ]
-    calm = trained(room, "calm parts", *settings)
-    stormy = trained(room, "stormy parts", *settings, meanwhile=kill_parts(STORM))
-    assert metrics(stormy) == metrics(calm)
+def test_a_run_whose_every_part_is_killed_once_equals_the_undisturbed_one(room: Path, calm: Path):
+    stormy = trained(room, "stormy parts", "run.num_steps=8", meanwhile=kill_parts(STORM))
+    assert metrics(stormy) == metrics(calm)[:8]
     assert RunFolder(calm).read_restarts() == [] and len(RunFolder(stormy).read_restarts()) == 3
     told = (room / "stormy parts.log").read_text()
     assert "the reward service was lost" in told and "rollout worker" in told and "starting another" in told
 
 
-@pytest.mark.skipif(STEPS < 20, reason="an engine in processes of its own takes a minute to start: make chaos")
+@long
 def test_an_engines_own_process_may_be_killed(room: Path):
     settings = ["rollout.engine_processes=true", "rollout.num_workers=1", "run.num_steps=3"]
     calm = trained(room, "calm engine", *settings)
@@ -181,3 +186,61 @@ def test_batches_that_grow_ahead_are_never_older_than_allowed_and_survive_a_kill
     assert any(row["rollout/stale_share"] > 0 for row in rows)
     ids = [tree.prompt.id for step in range(1, STEPS + 1) for tree in recorded(folder, step)]
     assert len(ids) == len(set(ids)) == 6 * STEPS
+
+
+DISK_MIB = 100
+LITTLE_BYTES = 400_000
+"""Room for the trees and metrics of some steps and for no checkpoint."""
+IN_A_DISK_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--mount", "--propagation", "private"]
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    command = [*IN_A_DISK_OF_ITS_OWN, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def fill(ballast: Path, but_bytes: int) -> None:
+    """Leave so much room on the disk, or none."""
+    with ballast.open("ab") as file:
+        file.truncate(0)
+        disk = os.statvfs(ballast)
+        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - but_bytes)
+
+
+@long
+@pytest.mark.skipif(not can_mount(), reason="no disk can be mounted in a namespace here")
+def test_a_run_whose_disk_fills_goes_on_when_there_is_room_and_equals_the_undisturbed_one(room: Path, calm: Path):
+    disk, log = room / "disk", room / "full.log"
+    disk.mkdir()
+    train = shlex.join(words_of(room, disk / "run", "run.num_steps=8"))
+    script = f"mount -t tmpfs -o size={DISK_MIB}m tmpfs {disk} && {train}; echo $? >{disk}/code; sleep 1500"
+    with log.open("wb") as output:
+        command = [*IN_A_DISK_OF_ITS_OWN, "sh", "-c", script]
+        run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        seen = Path(f"/proc/{run.pid}/root{disk}")  # the disk is mounted for the run alone
+
+        def wait_until(come: Callable[[], bool]) -> None:
+            deadline = time.monotonic() + 600
+            while not come():
+                assert time.monotonic() < deadline and run.poll() is None, log.read_text()[-4000:]
+                time.sleep(0.02)
+
+        wait_until((seen / "run/checkpoints/step_000002").exists)
+        fill(seen / "ballast", LITTLE_BYTES)
+        wait_until(lambda: "training goes on without a checkpoint" in log.read_text())
+        fill(seen / "ballast", 0)
+        wait_until(lambda: "s for room" in log.read_text())
+        (seen / "ballast").unlink()
+        wait_until((seen / "code").exists)
+        assert (seen / "code").read_text() == "0\n", log.read_text()[-4000:]
+        shutil.copytree(seen / "run", room / "full")
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait(timeout=60)
+    assert metrics(room / "full") == metrics(calm)[:8]
+    saved = newest(room / "full" / "checkpoints")
+    assert saved is not None and saved.step == 8
+    assert RunFolder(room / "full").read_restarts() == []

@@ -15,10 +15,10 @@ import torch
 from published import arrived
 from ray.cluster_utils import Cluster
 from transformers import AutoTokenizer
+from whole_runs import steady_metrics
 
 from conf.compose import compose
 from rl.launch import Parts, launched
-from rl.metrics import read_metrics
 from rl.placement import Role, plan
 from rl.places import Places, ray_nodes
 from rl.progress import Progress
@@ -76,11 +76,7 @@ def trained(room: Path, name: str, *overrides: str, meddle: Meddle = nothing) ->
             run.finish_step(scored, found)
         assert parts.learner is not None
         weights = arrived(parts.learner.publish(STEPS, limit_s=LIMIT_S), in_shared_memory)
-    timed = ("time/", "seconds", "per_second", "cached")
-    rows = [
-        {key: value for key, value in row.items() if not any(word in key for word in timed)}
-        for row in read_metrics(folder.metrics)
-    ]
+    rows = steady_metrics(folder.path)
     assert len(rows) == STEPS and all(row["learner/grad_norm"] > 0 for row in rows)
     return {"metrics": rows, "weights": weights}
 

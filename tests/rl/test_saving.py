@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from conf.errors import CheckpointError, ConfigError
+from conf.errors import CheckpointError, ConfigError, DiskFull
 from conf.schema import Config, RunConfig
 from rewards.drawn import parse_scored, parse_tree
 from rl import checkpoint
@@ -112,6 +113,53 @@ def test_a_disk_that_fills_while_training_goes_on_is_told_at_the_next_look(tmp_p
         saving.wait()
     saving.check()  # told once
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000010"]
+
+
+FULL = "SafetensorError: I/O error: No space left on device (os error 28)"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    return [each.step for each in checkpoint.checkpoints(folder / "checkpoints")]
+
+
+def test_one_checkpoint_that_finds_no_room_is_left_out_and_the_next_one_waits_for_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rl.disk.PAUSE_S", 0.01)
+    process = Process(error=FULL)
+    saving = saver(tmp_path, process)
+    saving.begin(10, {}, [], None)
+    saving._background._thread.join()  # pyright: ignore
+    saving.check()
+    assert "training goes on without a checkpoint" in caplog.text and checkpoint_steps(tmp_path) == []
+    threading.Timer(0.2, lambda: setattr(process, "error", "")).start()
+    saving.begin(20, {}, [], None)  # returns when there is room
+    assert "no space left for a checkpoint" in caplog.text and checkpoint_steps(tmp_path) == [20]
+    saving.begin(30, {}, [], None)  # in the background again
+    saving.wait()
+    assert checkpoint_steps(tmp_path) == [20, 30]
+
+
+def test_the_last_checkpoint_of_a_run_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rl.disk.PAUSE_S", 0.01)
+    process = Process(error=FULL)
+    saving = saver(tmp_path, process)
+    saving.begin(10, {"step": 10}, [], None)
+    threading.Timer(0.2, lambda: setattr(process, "error", "")).start()
+    saving.finish()
+    assert checkpoint_steps(tmp_path) == [10]
+
+
+def test_without_a_wait_for_room_a_full_disk_is_an_error(tmp_path: Path):
+    saving = saver(tmp_path, Process(error=FULL), disk_wait_s=0.0)
+    saving.begin(10, {}, [], None)
+    with pytest.raises(DiskFull, match="No space left"):
+        saving.finish()
+    saving = saver(tmp_path, Process(error=FULL), disk_wait_s=0.0)
+    saving.begin(20, {}, [], None)
+    saving._background._thread.join()  # pyright: ignore
+    with pytest.raises(DiskFull, match="step 20"):
+        saving.check()
 
 
 def test_generators_of_the_runs_process_go_on_where_they_were(tmp_path: Path):

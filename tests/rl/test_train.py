@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import WARM_START, WARM_STARTS
+from whole_runs import steady_metrics as metrics
 
-from rl.metrics import read_metrics
 from rl.outcomes import read_outcomes
 from rl.record import read_trees
 
@@ -56,12 +56,6 @@ def whole(room: Path) -> Path:
     seen = [f"tracker.metrics_file={room / 'grove.prom'}", "run.profile_steps=[2]"]
     train(room, "whole", f"run.num_steps={STEPS}", *seen)
     return room / "whole"
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = read_metrics(folder / "metrics.jsonl")
-    timed = ("time/", "seconds", "per_second", "cached")
-    return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
 
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:

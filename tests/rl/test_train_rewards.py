@@ -15,6 +15,7 @@ import torch
 from judge_server import JudgeServer
 from safetensors.torch import load_file
 from whole_runs import WARM_START
+from whole_runs import steady_metrics as metrics
 
 from rewards.types import ScoreStatus
 from rl.record import RecordedTree, read_trees
@@ -62,12 +63,6 @@ def refused(*arguments: str) -> str:
 def train(room: Path, name: str, *overrides: str) -> Path:
     grove("train", *overrides, *SMALL, f"run.dir={room / name}")
     return room / name
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "seconds", "per_second", "cached")
-    return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
 
 
 def recorded(folder: Path, step: int) -> list[RecordedTree]:

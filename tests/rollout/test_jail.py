@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir
 
+import psutil
 import pytest
 
 from rollout import jail
@@ -22,17 +23,20 @@ from rollout.jail import Ended, Isolation, JailError, Limits, Outcome, isolation
 pytestmark = pytest.mark.slow  # each starts a process or several
 ROOT = Path(__file__).parents[2]
 SYSTEM_PYTHON = Path("/usr/bin/python3.11")
-PROGRAM_LINE = b"\0-s\0-S\0-P\0-B\0main.py"
+PROGRAM_WORDS = ["-s", "-S", "-P", "-B", "main.py"]
 
 
 def programs() -> list[int]:
-    """Processes of jailed programs on this machine."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if PROGRAM_LINE in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return found
+    """Processes of jailed programs of these tests, and of those that whoever ran them left behind."""
+    return [each.pid for each in psutil.process_iter() if is_program(each)]
+
+
+def is_program(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        if process.cmdline()[-len(PROGRAM_WORDS) :] == PROGRAM_WORDS:
+            of_others = any("pytest" in each.cmdline() for each in process.parents())
+            return not of_others or any(each.pid == os.getpid() for each in process.parents())
+    return False
 
 
 @pytest.fixture(params=[Isolation.required, Isolation.off])

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -105,22 +106,26 @@ def test_the_same_seeds_give_the_same_trees_on_three_workers_with_one_killed_and
     assert grown(pool, prompts, cfg) == [beams, surprises, searches]
 
 
-def count_aborts(worker: Any) -> None:
+def slow_down_and_count_aborts(worker: Any) -> None:
     engine = worker._engine._engine._served._engine
-    engine.aborted, really_abort = [], engine.abort_request
+    engine.aborted, really_abort, really_step = [], engine.abort_request, engine.step
 
     def abort(request_ids: list[str]) -> None:
         engine.aborted += request_ids
         really_abort(request_ids)
 
-    engine.abort_request = abort
+    def step() -> list[Any]:
+        time.sleep(0.2)
+        return really_step()
+
+    engine.abort_request, engine.step = abort, step
 
 
 def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_not_held_up(
     pool: RolloutPool, prompts: list[Prompt], cfg: Config
 ):
     workers = pool.actors()
-    ray.get([worker.__ray_call__.remote(count_aborts) for worker in workers], timeout=60)
+    ray.get([worker.__ray_call__.remote(slow_down_and_count_aborts) for worker in workers], timeout=60)
     hurried = replace(cfg.rollout, expander=ExpanderKind.chains, num_leaves=3, max_turn_tokens=400, turn_timeout_s=0.05)
     ((_, tree),) = pool.grow(prompts[:1], 5, hurried)
     assert [(node.action_ids, node.stop) for node in tree.nodes] == [([], StopReason.deadline)] * 3

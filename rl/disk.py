@@ -1,0 +1,58 @@
+"""A full disk: what is written waits until somebody makes room."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from conf.errors import DiskFull, WaitTimeout
+from rollout.patience import wait_for
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PAUSE_S = 2.0
+"""Between two tries."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the disk, or a quota on it, had no room."""
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT})
+
+
+def once_there_is_room(write: Callable[[], Result], *, what: str, limit_s: float) -> Result:
+    """What `write` returns, called again for as long as the disk is full.
+
+    Args:
+        write: writes all or nothing, so that it can be called again.
+        what: is written, for messages.
+        limit_s: longest wait for room, in seconds; 0 tries once.
+    Raises: the disk's refusal when nobody made room within the limit; whatever else `write` raises, at once.
+    """
+    refused: Exception | None = None
+
+    def attempt(timeout_s: float) -> tuple[Result] | None:
+        nonlocal refused
+        given_up = time.monotonic() + timeout_s
+        while refused is None or time.monotonic() < given_up:
+            if refused is not None:
+                time.sleep(min(PAUSE_S, timeout_s))
+            try:
+                return (write(),)
+            except Exception as error:
+                if not is_full(error):
+                    raise
+                if refused is None and limit_s > 0:
+                    logger.warning("no space left for %s; the run waits up to %.0f s for room", what, limit_s)
+                refused = error
+        return None
+
+    try:
+        return (attempt(0.0) or wait_for(attempt, limit_s=limit_s, what=f"room on the disk for {what}"))[0]
+    except WaitTimeout:
+        assert refused is not None, "only a refused write waits"
+        raise refused from None
