@@ -18,7 +18,7 @@ from rl import checkpoint
 from rl.estimates import AnswerKey, Evaluation, chosen_by, default_ks, evaluation_of, numeric_key, text_key
 from rl.launch import Parts, launched
 from rl.outcomes import PromptOutcome, prompt_outcomes, write_outcomes
-from rl.policy.stored import MODEL
+from rl.policy.written import MODEL
 from rl.run_folder import RunFolder, route_logs
 from rollout.data import PromptSource, build_prompt_source
 from rollout.seeds import derive_seed

@@ -20,7 +20,7 @@ from rl.disk import once_there_is_room
 from rl.generators import generators_text, restore_generators
 from rl.in_flight import Kept, read_kept, write_kept
 from rl.launch import Parts
-from rl.policy.stored import Written
+from rl.policy.written import Written
 from rl.run_folder import RunFolder, installed_versions
 
 logger = logging.getLogger(__name__)

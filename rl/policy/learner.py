@@ -29,9 +29,10 @@ from rl.policy.objective import Objective, Totals, objective
 from rl.policy.pack import PackedBatch, TreeCredit, edges_of_steps, pack, path_tokens, plan_packs, unique_tokens
 from rl.policy.ranks import Ranks, dummy_batch, is_dummy, share_packs
 from rl.policy.shards import policy_pieces
-from rl.policy.stored import Writing, Written, begin_checkpoint, read_checkpoint
+from rl.policy.stored import Writing, begin_checkpoint, read_checkpoint
 from rl.policy.tally import Tally
 from rl.policy.trained import Trainable, Trained
+from rl.policy.written import Written
 from rollout.seeds import derive_seed
 from rollout.shards import Rows
 from rollout.tree import ROOT, Node, Tree

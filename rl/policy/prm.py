@@ -24,8 +24,9 @@ from rl.policy.pack import PackedBatch, PathCredit, TreeCredit, edges_of_steps, 
 from rl.policy.prm_metrics import prm_metrics
 from rl.policy.rank_files import Shards, begin_shards
 from rl.policy.ranks import Ranks
-from rl.policy.stored import Writing, Written
+from rl.policy.stored import Writing
 from rl.policy.trained import Trained
+from rl.policy.written import Written
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 

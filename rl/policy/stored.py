@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,9 +21,8 @@ from rl.policy.moments import weight_tensors
 from rl.policy.rank_files import Shards, begin_shards, save_shards
 from rl.policy.ranks import Ranks
 from rl.policy.trained import Trained, weights_prefix
+from rl.policy.written import MODEL, Written
 
-MODEL = "model"
-"""Folder of the policy inside a checkpoint; loads in transformers and vLLM as it is."""
 ADAPTER = "adapter"
 """Folder of the adapters alone, as peft writes them."""
 TRAINING = "training"
@@ -35,17 +33,6 @@ PREFIX = "model."
 """Before the Hugging Face name of every weight of a model without adapters, in a TreePolicy."""
 FROZEN = ".frozen"
 """Folder of the weights under adapters, there only until they are merged."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """How far a rank is with the files of a checkpoint."""
-
-    done: bool
-    error: str = ""
-    """What went wrong, with the name of its class; "" where nothing did."""
-    by_system: bool = False
-    """The system refused, as a disk does."""
 
 
 class Writing:

@@ -18,7 +18,7 @@ from rl import checkpoint
 from rl.ahead import Grown
 from rl.in_flight import Kept
 from rl.launch import Parts
-from rl.policy.stored import Written
+from rl.policy.written import Written
 from rl.run_folder import RunFolder
 from rl.saving import Saver
 
