@@ -39,13 +39,6 @@ def chosen_by_a_source(cfg: Config) -> list[Problem]:
                 f"{did_you_mean(name, sources)} There are {', '.join(sources) or 'none'}."
             )
         ]
-    if sources[name].prm:
-        return [
-            Problem(
-                f'run.eval_score="{name}" is the model that the run trains, and that scores training batches alone. '
-                "Choose by another source; one that was trained can be named under rewards.models."
-            )
-        ]
     if cfg.run.eval_samples == 1:
         return [
             Problem(

@@ -19,6 +19,7 @@ from rl.estimates import AnswerKey, Evaluation, chosen_by, default_ks, evaluatio
 from rl.launch import Parts, launched
 from rl.outcomes import PromptOutcome, prompt_outcomes, write_outcomes
 from rl.policy.written import MODEL
+from rl.prm import prm_scored
 from rl.run_folder import RunFolder, route_logs
 from rollout.data import PromptSource, build_prompt_source
 from rollout.seeds import derive_seed
@@ -36,15 +37,26 @@ def evaluation_rollout(cfg: Config) -> RolloutConfig:
     )
 
 
-def evaluate(cfg: Config, parts: Parts, source: PromptSource) -> list[PromptOutcome]:
+def evaluate(cfg: Config, parts: Parts, source: PromptSource, step: int = 0) -> list[PromptOutcome]:
     """Answer the held-out prompts under the engines' present weights.
 
     The prompts and the seeds are the same each time, so two evaluations differ by the policy alone.
+
+    Args:
+        step: that is finished, for the records of the run's own process reward model.
     """
     prompts = source.held_out(cfg.run.eval_prompts)
     seed = derive_seed(cfg.seed, "evaluation")
     trees = parts.pool.grow(prompts, seed, evaluation_rollout(cfg))
-    return prompt_outcomes(parts.scoring.collect(parts.scoring.submit(trees, evaluation_sources(cfg))))
+    scored = parts.scoring.collect(parts.scoring.submit(trees, evaluation_sources(cfg)))
+    if parts.prm is not None and chooses_by_own_prm(cfg):
+        scored = prm_scored(parts.prm, scored, cfg, updates=step)
+    return prompt_outcomes(scored)
+
+
+def chooses_by_own_prm(cfg: Config) -> bool:
+    """Whether best of k goes by the process reward model that the run trains."""
+    return bool(cfg.run.eval_score) and cfg.run.eval_samples > 1 and cfg.rewards.sources[cfg.run.eval_score].prm
 
 
 def evaluation_sources(cfg: Config) -> list[str]:
@@ -110,6 +122,12 @@ def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str
     """
     cfg, default_out = _evaluation_config(Path(path), overrides, config_dir)
     require_runnable(cfg)
+    if chooses_by_own_prm(cfg):
+        raise ConfigError(
+            f"run.eval_score={cfg.run.eval_score} is the process reward model that the run trains beside the policy, "
+            "and an evaluation by itself has none. Choose by another source with --score, or evaluate while the run "
+            "trains (run.eval_every_steps)."
+        )
     started = time.monotonic()
     from transformers import AutoTokenizer
 

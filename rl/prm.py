@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 from conf.schema import Config, PrmKind
 from rewards.blend import blend
 from rewards.types import Cost, Origin, Score, ScoredTree
+from rl.policy.prm_actor import PrmHandle
 from rl.select import outcome
 from rollout.tree import Tree
 
@@ -50,6 +52,21 @@ def with_prm_scores(
         )
         found.append(blend(joined, cfg.rewards))
     return found
+
+
+def prm_scored(prm: PrmHandle, scored: Sequence[ScoredTree], cfg: Config, *, updates: int) -> list[ScoredTree]:
+    """The trees, in their order, with the scores of the run's own model where they lack them.
+
+    Args:
+        updates: batches the model has learnt from.
+    Raises: WorkerLost; WaitTimeout.
+    """
+    name = prm_source(cfg)
+    new = [each for each in scored if name not in each.step_scores]
+    started = time.monotonic()
+    said = prm.answer(prm.score([each.tree for each in new]), "the process reward model to score")
+    judged = iter(with_prm_scores(new, said, cfg, updates=updates, seconds=time.monotonic() - started))
+    return [each if name in each.step_scores else next(judged) for each in scored]
 
 
 def outcomes_of(scored: Sequence[ScoredTree]) -> tuple[list[Tree], list[dict[int, float]]]:

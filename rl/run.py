@@ -34,7 +34,7 @@ from rl.plan import cost_table, write_plan
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.prm_actor import PrmHandle
 from rl.policy.tree_credits import tree_credits
-from rl.prm import outcomes_of, prm_source, with_prm_scores
+from rl.prm import outcomes_of, prm_scored, prm_source
 from rl.progress import Progress
 from rl.record import write_records
 from rl.run_folder import RunFolder, installed_versions, open_run_folder, route_logs, settings
@@ -228,16 +228,9 @@ class Run:
         return scored
 
     def _prm_scored(self, prm: PrmHandle, scored: list[ScoredTree]) -> list[ScoredTree]:
-        """The trees that lack them with the scores of the run's own process reward model."""
-        name = prm_source(self.cfg)
-        new = [each for each in scored if name not in each.step_scores]
         if self.cfg.prm.order is PrmOrder.update_then_score:
-            self._teach_prm(prm, new)
-        started = time.monotonic()
-        said = prm.answer(prm.score([each.tree for each in new]), "the process reward model to score")
-        seconds = time.monotonic() - started
-        judged = with_prm_scores(new, said, self.cfg, updates=self.state.step, seconds=seconds)
-        return [each for each in scored if name in each.step_scores] + judged
+            self._teach_prm(prm, [each for each in scored if prm_source(self.cfg) not in each.step_scores])
+        return prm_scored(prm, scored, self.cfg, updates=self.state.step)
 
     def _teach_prm(self, prm: PrmHandle, scored: list[ScoredTree]) -> None:
         call = prm.update(*outcomes_of(scored), self.state.step)
@@ -337,7 +330,7 @@ class Run:
             return
         self._metrics = {}
         with self._stage("eval"), self._ahead.paused(BATCH_LIMIT_S) if self._ahead else contextlib.nullcontext():
-            outcomes = evaluate(self.cfg, self._parts, self._source)
+            outcomes = evaluate(self.cfg, self._parts, self._source, step)
             found = evaluation_under(self.cfg, outcomes)
         self._write("the evaluation", lambda: write_outcomes(self.folder.evaluation_file(step), outcomes))
         error = found.standard_error

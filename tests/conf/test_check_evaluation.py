@@ -30,9 +30,10 @@ def test_best_of_k_goes_by_a_source_that_there_is():
     assert not found.fatal and "leaves no choice" in found.text
 
 
-def test_the_model_that_the_run_trains_does_not_score_held_out_trajectories():
-    cfg = config("run.eval_samples=4", "run.eval_score=mine", "rewards.sources.mine.prm=true")
-    assert "scores training batches alone" in chosen_by_a_source(cfg)[0].text
+def test_best_of_k_may_go_by_the_model_that_the_run_trains():
+    assert (
+        chosen_by_a_source(config("run.eval_samples=4", "run.eval_score=mine", "rewards.sources.mine.prm=true")) == []
+    )
 
 
 def test_greedy_samples_are_one_sample():

@@ -18,6 +18,7 @@ from whole_runs import WARM_START
 from whole_runs import steady_metrics as metrics
 
 from rewards.types import ScoreStatus
+from rl.outcomes import read_outcomes
 from rl.record import RecordedTree, read_trees
 from rollout.tree import ROOT
 
@@ -95,10 +96,16 @@ def test_a_model_of_progress_feeds_the_critics_rewards(room: Path, tmp_path: Pat
     file = tmp_path / "outcome.py"
     file.write_text("def brief(trajectory): return 1 / len(trajectory)")  # the barely trained policy is never right
     spa = ("experiment=hop_search_ppo", "credit=spa_rl", "prm=progress", "rollout.num_workers=1", "run.num_steps=2")
-    folder = train(room, "progress", *spa, "prm.head_learning_rate=1e-3", f"rewards.sources.answer.fn={file}:brief")
+    chosen = ("run.eval_samples=2", "run.eval_score=contribution")
+    taught = ("prm.head_learning_rate=1e-3", f"rewards.sources.answer.fn={file}:brief")
+    folder = train(room, "progress", *spa, *taught, *chosen)
     _, second = [row for row in metrics(folder) if "prm/loss" in row]
     assert second["reward/contribution_mean"] != 0
     assert second["prm/loss"] < 1
+    assert metrics(folder)[-1].keys() >= {"eval/best_of_2_share", "eval/weighted_vote_share"}
+    samples = [sample for outcome in read_outcomes(folder / "eval" / "step_000002.jsonl") for sample in outcome.samples]
+    assert len(samples) == 16 * 2 and all(None not in sample.step_scores["contribution"] for sample in samples)
+    assert "is the process reward model that the run trains" in refused("eval", str(folder))
 
 
 def test_judges_models_and_rollouts_score_one_run_that_a_breaking_endpoint_does_not_stop(room: Path, tmp_path: Path):
