@@ -15,7 +15,13 @@ from rl.record import read_trees
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-SMALL = ["experiment=hop_search", "rollout.prompts_per_step=3", "rollout.num_leaves=4", *WARM_START]
+SMALL = [
+    "experiment=hop_search",
+    "rollout.prompts_per_step=3",
+    "rollout.num_leaves=4",
+    "rollout.num_workers=1",
+    *WARM_START,
+]
 
 
 def grove(room: Path, out: str, *arguments: str) -> subprocess.CompletedProcess[str]:

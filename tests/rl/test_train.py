@@ -176,8 +176,9 @@ def test_no_key_is_written_to_disk(whole: Path):
 
 @pytest.mark.timeout(600)
 def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_bit(whole: Path, room: Path):
-    train(room, "halves", f"run.num_steps={HALF}")
-    train(room, "halves", f"run.num_steps={STEPS}", "run.resume=true")
+    alone = "rollout.num_workers=1"  # seeds name their place: one worker grows what two grew
+    train(room, "halves", f"run.num_steps={HALF}", alone)
+    train(room, "halves", f"run.num_steps={STEPS}", "run.resume=true", alone)
     assert metrics(room / "halves") == metrics(whole)
     halves = state(room / "halves", STEPS)
     for name, value in state(whole, STEPS).items():
@@ -193,8 +194,9 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_bit(whole: Path, r
 
 @pytest.mark.timeout(600)
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(room: Path):
+    little = ["run.checkpoint_every_steps=0", "run.eval_every_steps=0", "rollout.num_workers=1"]
     process = subprocess.Popen(
-        command(room, "stopped", "run.num_steps=500", "run.checkpoint_every_steps=0", "run.eval_every_steps=0"),
+        command(room, "stopped", "run.num_steps=500", *little),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     log = room / "stopped" / "metrics.jsonl"
@@ -214,22 +216,31 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(room: Path):
     assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
     (stored,) = (room / "stopped" / "checkpoints").iterdir()
     step = int(stored.name.removeprefix("step_"))
-    train(room, "stopped", f"run.num_steps={step + 1}", "run.resume=true")
+    train(room, "stopped", f"run.num_steps={step + 1}", "run.resume=true", "rollout.engine=transformers", *little)
     assert json.loads((room / "stopped" / "summary.json").read_text())["steps"] == step + 1
 
 
-PPO = ["loss=ppo", "credit=gae", "credit.gae.signals.step.scale=1", "rollout=chains", "loss.critic.kind=model"]
+PORTABLE = "rollout.engine=transformers"
+PPO = [
+    *("loss=ppo", "credit=gae", "credit.gae.signals.step.scale=1", "rollout=chains", "loss.critic.kind=model"),
+    PORTABLE,
+]
 ADAPTERS = ["model.lora.rank=4", "learner.num_processes=2", "learner.num_threads=1", "loss=dapo", "learner.epochs=2"]
-KL_IN_REWARD = ["loss=rloo", "credit.terms.trajectory.signals.path_kl.scale=-0.05", "learner.layout=depth_first"]
+KL_IN_REWARD = [
+    *("loss=rloo", "credit.terms.trajectory.signals.path_kl.scale=-0.05", "learner.layout=depth_first"),
+    PORTABLE,
+]
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "choice", [PPO, ADAPTERS, KL_IN_REWARD], ids=["critic", "adapters on two ranks", "kl in reward"]
+    "choice",
+    [PPO, ADAPTERS, KL_IN_REWARD],
+    ids=["critic", "adapters on two ranks", "kl in reward"],
 )
 def test_a_run_trains_by_other_losses_layouts_and_ranks(room: Path, whole: Path, choice: list[str]):
     name = choice[0].replace("=", "_")
-    train(room, name, "run.num_steps=2", "run.eval_every_steps=0", *choice)
+    train(room, name, "run.num_steps=2", "run.eval_every_steps=0", "rollout.num_workers=1", *choice)
     rows = metrics(room / name)
     trained = [row for row in rows if "loss/total" in row]
     assert len(trained) == 2

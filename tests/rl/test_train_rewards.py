@@ -30,6 +30,7 @@ SMALL = [
     "run.checkpoint_every_steps=2",
     "rollout.prompts_per_step=4",
     "rollout.num_leaves=4",
+    "rollout.num_workers=1",
     *WARM_START,
 ]
 STRANGER = """
@@ -95,7 +96,7 @@ def test_primes_reward_model_learns_beside_the_policy_and_resumes_to_the_last_bi
 def test_a_model_of_progress_feeds_the_critics_rewards(room: Path, tmp_path: Path):
     file = tmp_path / "outcome.py"
     file.write_text("def brief(trajectory): return 1 / len(trajectory)")  # the barely trained policy is never right
-    spa = ("experiment=hop_search_ppo", "credit=spa_rl", "prm=progress", "rollout.num_workers=1", "run.num_steps=2")
+    spa = ("experiment=hop_search_ppo", "credit=spa_rl", "prm=progress", "run.num_steps=2")
     chosen = ("run.eval_samples=2", "run.eval_score=contribution")
     taught = ("prm.head_learning_rate=1e-3", f"rewards.sources.answer.fn={file}:brief")
     folder = train(room, "progress", *spa, *taught, *chosen)
@@ -126,7 +127,7 @@ def test_judges_models_and_rollouts_score_one_run_that_a_breaking_endpoint_does_
             f"rewards.sources.rarer={{fn: {file}:rarer, weight: 0.0}}",
         )
         asked = server.num_requests
-        grove("eval", str(folder))
+        grove("eval", str(folder), "rollout.engine=transformers")
         assert server.num_requests == asked  # held-out success asks no judge
     last = metrics(folder)[-2]
     assert (
