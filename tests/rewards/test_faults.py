@@ -70,7 +70,6 @@ async def fine_async(step):
     return 1.0
 """
 TREE = "q -> a -> (b, c)"
-SHARED_MEMORY: list[object] = []
 
 
 @pytest.fixture
@@ -85,7 +84,8 @@ def leaves_nothing_behind() -> Iterator[None]:
     """Processes, open files and sockets, and threads, before and after."""
     # What the standard library starts once for the whole program, with the first spawned process.
     resource_tracker.ensure_running()
-    SHARED_MEMORY.append(multiprocessing.get_context("spawn").RawValue("q", 0))
+    # The file of its shared memory stays open, and another one follows when that is used up: here is enough, set free.
+    multiprocessing.get_context("spawn").RawArray("b", 2**16)
     me = psutil.Process()
     # The event loop's own and what the standard library starts once.
     asyncio.run(asyncio.to_thread(lambda: None))
