@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rl.sweeps.record import Status, SweepRecord, read_record
@@ -19,7 +23,7 @@ from rl.sweeps.record import Status, SweepRecord, read_record
 pytestmark = pytest.mark.slow
 
 SHORT = [sys.executable, str(Path(__file__).with_name("short_members.py")), "sweep"]
-MEMBERS = int(os.environ.get("GROVE_SWEEP_MEMBERS", "4"))
+MEMBERS = int(os.environ.get("GROVE_SWEEP_MEMBERS", "3"))
 """Of the real sweep; 12 takes minutes."""
 
 
@@ -100,13 +104,12 @@ def trap(step, number):
 """
 
 
-def real(folder: Path, room: Path) -> list[str]:
+def members(folder: Path, room: Path) -> list[str]:
+    """A sweep of small runs, of nothing yet."""
     cheap = ["experiment=hop_search", "rollout.engine=transformers", "rollout.num_workers=1", "tracker=disabled"]
     short = ["run.num_steps=1", "run.eval_prompts=8", "rollout.prompts_per_step=2", "model.warm_start.num_steps=20"]
     places = [f"sweep.dir={folder}", f"model.warm_start.cache_dir={room / 'warm_start'}", "sweep.max_retries=0"]
-    trap = [f"rewards.sources.trap.fn={room / 'trap.py'}:trap", "rewards.sources.trap.signal=unused"]
-    varied = f"rewards.sources.trap.args.number=range(0,{MEMBERS})"
-    return [sys.executable, "-m", "rl.cli", "train", "-m", *cheap, *short, *places, *trap, varied]
+    return [sys.executable, "-m", "rl.cli", "train", "-m", *cheap, *short, *places]
 
 
 @pytest.mark.ray
@@ -114,7 +117,9 @@ def real(folder: Path, room: Path) -> list[str]:
 def test_a_real_sweep_with_a_poisoned_reward_killed_half_way_and_resumed(tmp_path: Path):
     (tmp_path / "trap.py").write_text(TRAP)
     folder = tmp_path / "sweep"
-    command = real(folder, tmp_path)
+    trap = [f"rewards.sources.trap.fn={tmp_path / 'trap.py'}:trap", "rewards.sources.trap.signal=unused"]
+    varied = f"rewards.sources.trap.args.number=range(0,{MEMBERS})"
+    command = [*members(folder, tmp_path), *trap, varied]
     first = started(command, tmp_path / "log")
     until(lambda: finished(folder) >= MEMBERS // 2, first, 1000)
     first.kill()
@@ -132,6 +137,47 @@ def test_a_real_sweep_with_a_poisoned_reward_killed_half_way_and_resumed(tmp_pat
     said = subprocess.run(compared, capture_output=True, text=True, timeout=100, check=True).stdout
     assert "number1 is left out: it is failed" in said.replace("Number1", "number1")
     assert {"compare.html", "compare.png", "compare.json"} <= {each.name for each in folder.iterdir()}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a Ray cluster that runs already."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray, port = str(Path(sys.executable).with_name("ray")), free_port()
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp", ignore_cleanup_errors=True) as room:
+        place = [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={room}", "--include-dashboard=false"]
+        head = started(
+            [ray, "start", "--head", "--block", "--num-cpus=2", *place, f"--dashboard-agent-listen-port={free_port()}"],
+            Path(room) / "log",
+        )
+        try:
+            asked = [ray, "status", f"--address=127.0.0.1:{port}"]
+            until(lambda: "/2.0 CPU" in subprocess.run(asked, capture_output=True, text=True).stdout, head, 60)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_members_share_a_ray_cluster_that_runs_already(tmp_path: Path, cluster: str):
+    folder = tmp_path / "sweep"
+    joined = ["cluster=existing", f"cluster.address={cluster}", "sweep.parallel=2", "learner.learning_rate=1e-5,1e-4"]
+    sweep = started([*members(folder, tmp_path), *joined], tmp_path / "log")
+    until(lambda: (folder / "sweep.json").exists() and read_record(folder).count(Status.running) == 2, sweep, 100)
+    begun = [folder / each.name / "metrics.jsonl" for each in read_record(folder).members]
+    until(lambda: all(each.exists() for each in begun), sweep, 200)
+    assert "raylet" not in {each.name() for each in psutil.Process(sweep.pid).children(recursive=True)}
+    assert sweep.wait(timeout=400) == 0, (tmp_path / "log").read_text() + told(read_record(folder))
+    assert finished(folder) == 2
 
 
 def changed(folder: Path, name: str) -> float:
