@@ -55,14 +55,18 @@ def numbers_of_tools(cfg: Config) -> list[Problem]:
 
 def processes_have_memory(cfg: Config) -> list[Problem]:
     """A limit below what an empty interpreter takes ends every call."""
-    limit = cfg.task.tool_memory_limit_mib
-    if cfg.task.tool_sandbox is not ToolSandbox.process or not 0 < limit < LEAST_MEMORY_MIB:
-        return []
+    limits = {}
+    if cfg.task.tool_sandbox is ToolSandbox.process:
+        limits["task.tool_memory_limit_mib"] = (cfg.task.tool_memory_limit_mib, "tool")
+    if cfg.task.world.num_processes:
+        limits["task.world.memory_limit_mib"] = (cfg.task.world.memory_limit_mib, "world")
     return [
         Problem(
-            f"task.tool_memory_limit_mib={limit} is less than Python itself takes: no tool could run. Use "
-            f"task.tool_memory_limit_mib={LEAST_MEMORY_MIB} or more, or 0 for no limit."
+            f"{key}={limit} is less than Python itself takes: no {what} could run. Use {key}={LEAST_MEMORY_MIB} or "
+            "more, or 0 for no limit."
         )
+        for key, (limit, what) in limits.items()
+        if 0 < limit < LEAST_MEMORY_MIB
     ]
 
 

@@ -132,6 +132,7 @@ NOT_NEGATIVE = (
     "task.hop_search.spare_calls",
     "task.hop_search.tool_delay_s",
     "task.world.num_processes",
+    "task.world.memory_limit_mib",
     "loss.clip_low",
     "loss.clip_high",
     "loss.dual_clip",

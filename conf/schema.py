@@ -631,6 +631,8 @@ class WorldConfig:
     num_processes: int = 0
     """Processes in which each rollout worker holds the world's sessions; one that hangs or crashes is killed and
     replaced. 0 holds them in the worker and acts in threads, which cannot be killed."""
+    memory_limit_mib: int = 4096
+    """num_processes > 0: memory each may allocate; 0 for no limit."""
     max_sessions: int = 64
     """Sessions that each worker keeps for later steps; those beyond are closed and, where needed, made again by acting
     the same actions."""

@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import sys
 import threading
@@ -23,7 +22,7 @@ from conf.schema import RewardsConfig, SourceConfig
 from rewards.arguments import Call
 from rewards.base import Answers, Source
 from rewards.models.base import ModelError
-from rollout.apart import secret_names
+from rollout.child import Output, secret_names, set_limits, strike
 from rollout.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ GRACE_S = 2.0
 ORPHAN_GRACE_S = 5.0
 """Past its limit by so much, a child ends itself: then nobody is left to kill it."""
 MAX_OUTPUT_BYTES = 256 * 1024
-"""Of what a child prints between two requests; the rest is dropped, or a flood would fill the disk with a log."""
+"""Of what a child prints between two requests."""
 
 
 class ProcessDied(Exception):
@@ -120,7 +119,9 @@ class _Child:
         self._count = 0
         self._lock, self._reaping = threading.Lock(), threading.Lock()
         self._exit_code: int | None = None
-        self._output_left = MAX_OUTPUT_BYTES
+        self._is_over = False
+        """What is sent from now on is lost: whoever waited was told."""
+        self._output = Output("a reward", MAX_OUTPUT_BYTES)
         self._current = context.RawValue("q", 0)
         arguments = (child_end, child_output, self._current, tuple(cfg.pass_env), cfg.memory_limit_mib)
         self._process: SpawnProcess = context.Process(target=_serve, args=arguments, name="reward")
@@ -133,14 +134,16 @@ class _Child:
 
     @property
     def is_running(self) -> bool:
-        return self._listener.is_alive()
+        return not self._is_over
 
     def submit(self, message: bytes, pending: Pending) -> Pending:
         with self._lock:
+            if self._is_over:
+                raise ProcessDied(f"its process {_fate(self._exit_code)}")
             self._count += 1
             number = self._count
             self._pending[number] = pending
-            self._output_left = MAX_OUTPUT_BYTES
+        self._output.renew()
         pending.current = lambda: self._current.value
         self._send(("score", number, message))
         return pending
@@ -148,7 +151,7 @@ class _Child:
     def kill(self) -> None:
         with self._reaping:
             if self._exit_code is None:
-                _strike(self._process)
+                self._strike()
         self._listener.join()
 
     def _send(self, message: Any) -> None:
@@ -169,6 +172,7 @@ class _Child:
             logger.warning("a reward process sent what cannot be read (%s: %s)", type(error).__name__, error)
         self._reap()
         with self._lock:
+            self._is_over = True  # before anyone is told: they ask again at once, and it must be another process
             lost = list(self._pending.values())
             self._pipe.close()
         for pending in lost:
@@ -192,10 +196,14 @@ class _Child:
         with self._reaping:
             # A child that just closed its pipe is about to leave an exit code of its own.
             self._process.join(timeout=0.5)
-            _strike(self._process)
+            self._strike()
             self._process.join()
             self._exit_code = self._process.exitcode
             self._process.close()
+
+    def _strike(self) -> None:
+        assert self._process.pid, "it was started"
+        strike(self._process.pid)
 
     def _ask(self, pending: Pending, number: int, service: str, method: str, args: tuple, kwargs: dict) -> None:
         """Answer what a function asked of its model or engine, in the event loop that wants its score."""
@@ -217,33 +225,13 @@ class _Child:
             self._send(("told", number, (False, ("failed", f"{type(error).__name__}: {error}"))))
 
     def _copy_output(self, output: Connection) -> None:
-        """Let what the child prints through to our own output, but no flood."""
-        is_flood = False
-        with suppress(OSError, ValueError):
-            while data := os.read(output.fileno(), 65536):
-                with self._lock:
-                    kept, self._output_left = data[: self._output_left], max(0, self._output_left - len(data))
-                if kept:
-                    is_flood = False
-                    sys.stderr.write(kept.decode(errors="replace"))
-                    sys.stderr.flush()
-                elif not is_flood:
-                    is_flood = True
-                    logger.warning("a reward printed more than %d bytes in one answer; dropped", MAX_OUTPUT_BYTES)
-        output.close()
+        with output:
+            self._output.copy(output.fileno())
 
 
 def _settle(future: Future[Any], content: Any) -> None:
     with suppress(InvalidStateError):  # set before, or nobody waits for it any more
         future.set_result(content)
-
-
-def _strike(process: SpawnProcess) -> None:
-    """Kill a process and its group; it is still to be reaped."""
-    assert process.pid, "it was started"
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
 
 
 def _fate(exit_code: int | None) -> str:
@@ -260,13 +248,7 @@ def _serve(pipe: Connection, output: Connection, current: Any, passed: Collectio
     output.close()
     for name in secret_names(tuple(os.environ), passed):
         del os.environ[name]
-    if memory_limit_mib:
-        # The data segment and private mappings: what is allocated, not what is merely mapped from files.
-        limit = memory_limit_mib * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # SIGALRM's default action is the kernel's own: it ends even a child that hangs in C code and has lost its parent.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    set_limits(memory_limit_mib)
     with asyncio.Runner() as runner, suppress(EOFError, OSError, KeyboardInterrupt):
         runner.run(_Server(pipe, current).run())
     os._exit(0)  # a thread of the user's code must not keep the process

@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import logging
 import os
 import pickle
-import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -27,11 +23,8 @@ from typing import IO, Any
 
 from conf.errors import ToolError
 from conf.plugin import load_object
+from rollout.child import Output, secret_names, set_limits, strike
 
-logger = logging.getLogger(__name__)
-
-SECRET_NAME = re.compile(r"^AWS_|(^|_)(API_?)?(KEY|TOKEN|SECRET|CREDENTIAL)S?(_|$)|PASSWORD|PASSWD", re.IGNORECASE)
-"""Environment variables that a user's code does not see: a prompt or a log line would give them away."""
 START_TIMEOUT_S = 120.0
 """Longest a process may take to start and to import the function."""
 ORPHAN_GRACE_S = 5.0
@@ -40,13 +33,7 @@ MAX_RESULT_BYTES = 2**20
 MAX_FILE_BYTES = 256 * 2**20
 """Size of any file it writes."""
 MAX_OUTPUT_BYTES = 64 * 1024
-"""Of what one call prints; the rest is dropped, or a flood would fill the disk with a log."""
-MIB = 2**20
-
-
-def secret_names(names: Iterable[str], passed: Collection[str]) -> list[str]:
-    """Environment variables that look like secrets and are not passed on purpose."""
-    return [name for name in names if SECRET_NAME.search(name) and name not in passed]
+"""Of what one call prints."""
 
 
 class CallFailed(Exception):
@@ -135,10 +122,11 @@ class _Process:
     _pipe: Connection = field(init=False)
     _popen: subprocess.Popen[bytes] = field(init=False)
     _folder: str = field(init=False)
-    _output_left: int = field(init=False, default=MAX_OUTPUT_BYTES)
+    _output: Output = field(init=False)
 
     def __post_init__(self) -> None:
         self._folder = mkdtemp(prefix="grove-tool-")
+        self._output = Output("a tool", MAX_OUTPUT_BYTES)
         self._pipe, theirs = Pipe()
         hidden = set(secret_names(os.environ, self.bounds.pass_env))
         request = {"fd": theirs.fileno(), "folder": self._folder, "memory_mib": self.bounds.memory_mib}
@@ -174,7 +162,7 @@ class _Process:
     def call(self, spec: str, arguments: Mapping[str, Any], timeout_s: float) -> tuple[str, str]:
         """How the call ended, and what it said. Raises: CallFailed; whatever pickle raises."""
         message = pickle.dumps((spec, dict(arguments), timeout_s))
-        self._output_left = MAX_OUTPUT_BYTES
+        self._output.renew()
         try:
             self._pipe.send_bytes(message)
             kind, text = self._heard(START_TIMEOUT_S, f"was not ready within {START_TIMEOUT_S:g} s")
@@ -199,37 +187,20 @@ class _Process:
 
     def kill(self) -> None:
         """End it and all that it started."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.kill()
+        strike(self._popen.pid)
         self._popen.wait()
         self._pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _copy_output(self, output: IO[bytes]) -> None:
-        """Let what it prints through to our own output, but no flood."""
-        is_flood = False
-        with output, suppress(OSError, ValueError):
-            while data := os.read(output.fileno(), 65_536):
-                kept, self._output_left = data[: self._output_left], max(0, self._output_left - len(data))
-                if kept:
-                    is_flood = False
-                    sys.stderr.write(kept.decode(errors="replace"))
-                elif not is_flood:
-                    is_flood = True
-                    logger.warning("a tool printed more than %d bytes in one call; dropped", MAX_OUTPUT_BYTES)
+        with output:
+            self._output.copy(output.fileno())
 
 
 def serve(fd: int, folder: str, memory_mib: int) -> None:
     """What such a process does: call what it is told to until its parent is gone."""
     pipe = Connection(fd)
-    if memory_mib:
-        # The data segment and private mappings: what is allocated, not what is merely mapped from files.
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_mib * MIB, memory_mib * MIB))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # SIGALRM's default action is the kernel's own: it ends even a process that hangs in C code and has lost its parent.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    set_limits(memory_mib, MAX_FILE_BYTES)
     started_in = Path.cwd()
     try:
         while True:

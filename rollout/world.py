@@ -495,5 +495,7 @@ def build_world_environment(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> 
     world = load_world(settings.fn, settings.args)
     host: Host = ThreadHost(world)
     if settings.num_processes:
-        host = ProcessHost(settings.fn, settings.args, settings.num_processes, cfg.task.tool_pass_env)
+        host = ProcessHost(
+            settings.fn, settings.args, settings.num_processes, cfg.task.tool_pass_env, settings.memory_limit_mib
+        )
     return WorldEnvironment(cfg.task, tokenizer, host, world.fork)

@@ -1,7 +1,7 @@
 """Worlds in processes of their own: one that hangs or crashes is killed, and other sessions in it are made again.
 
-Run as `python -m rollout.world_process` it is such a process: pickled requests come in by a pipe and answers go out by
-another. It ends when its pipe does, so none outlives the one who started it.
+Run as `python -m rollout.world_process MIB` it is such a process, of so much memory: pickled requests come in by a pipe
+and answers go out by another. It ends when its pipe does, so none outlives the one who started it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from typing import IO, Any
 
 from conf.errors import ConfigError, DataError, GroveError
-from rollout.apart import secret_names
+from rollout.child import secret_names, set_limits, strike
 from rollout.tools import idle_thread, run_in_thread
 from rollout.types import Prompt
 from rollout.world import Observed, SessionLost, Sessions, WorldFailed, load_world
@@ -35,8 +35,8 @@ PASSED_ON: dict[str, type[GroveError]] = {each.__name__: each for each in (Confi
 class _Process:
     """One process with sessions in it, started at its first call and again after it was killed."""
 
-    def __init__(self, fn: str, args: Mapping[str, Any], pass_env: Collection[str]) -> None:
-        self._fn, self._args, self._pass_env = fn, dict(args), pass_env
+    def __init__(self, fn: str, args: Mapping[str, Any], pass_env: Collection[str], memory_mib: int) -> None:
+        self._fn, self._args, self._pass_env, self._memory_mib = fn, dict(args), pass_env, memory_mib
         self._lock = threading.RLock()
         self._popen: subprocess.Popen[bytes] | None = None
         self.num_starts = 0
@@ -71,14 +71,14 @@ class _Process:
         """End the process and all its sessions; a call on its way fails."""
         popen = self._popen
         if popen is not None:
-            popen.kill()
+            strike(popen.pid)
             with self._lock:
                 self._clear()
 
     def _clear(self) -> None:
         popen, self._popen = self._popen, None
         if popen is not None:
-            popen.kill()
+            strike(popen.pid)
             popen.wait()
             for pipe in (popen.stdin, popen.stdout):
                 if pipe is not None:
@@ -91,10 +91,11 @@ class _Process:
         hidden = secret_names(os.environ, self._pass_env)
         seen = {name: value for name, value in os.environ.items() if name not in hidden}
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "rollout.world_process"],
+            [sys.executable, "-m", "rollout.world_process", str(self._memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            start_new_session=True,  # one group with whatever the world starts
             env={**seen, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)},
         )
         kind, answer = self._asked("load", (self._fn, self._args), START_TIMEOUT_S)
@@ -118,7 +119,9 @@ class _Process:
 class ProcessHost:
     """Implements `rollout.world.Host`: sessions are dealt out to `num` processes, each doing one thing at a time."""
 
-    def __init__(self, fn: str, args: Mapping[str, Any], num: int, pass_env: Collection[str] = ()) -> None:
+    def __init__(
+        self, fn: str, args: Mapping[str, Any], num: int, pass_env: Collection[str] = (), memory_mib: int = 0
+    ) -> None:
         """Start no process yet.
 
         Args:
@@ -126,8 +129,9 @@ class ProcessHost:
             args: `task.world.args`.
             num: processes.
             pass_env: environment variables that the world sees although their names look like secrets.
+            memory_mib: that each may allocate; 0 for no limit.
         """
-        self.processes = [_Process(fn, args, pass_env) for _ in range(num)]
+        self.processes = [_Process(fn, args, pass_env, memory_mib) for _ in range(num)]
         self._number = 0
 
     def new_key(self, like: int | None = None) -> int:
@@ -208,7 +212,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _serve() -> None:
+def _serve(memory_mib: int) -> None:
+    set_limits(memory_mib)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     requests, answers = os.dup(0), os.fdopen(os.dup(1), "wb", buffering=0)
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
@@ -236,4 +241,4 @@ def _serve() -> None:
 if __name__ == "__main__":
     from rollout.world_process import _serve as serve  # so that errors have the class their sender knows
 
-    serve()
+    serve(int(sys.argv[1]))

@@ -45,6 +45,8 @@ class Counter:
             time.sleep(float(number))
         elif word == "die":
             os._exit(3)
+        elif word == "hoard":
+            bytearray(int(number) << 20)
         elif word == "raise":
             raise OSError("the sky fell")
         elif word == "none":

@@ -28,7 +28,7 @@ from conf.settle import settled
 from rewards.arguments import MODEL
 from rewards.base import build_sources
 from rewards.service import RewardService
-from rewards.types import BROKEN, ScoredTree
+from rewards.types import BROKEN, Score, ScoredTree, ScoreStatus
 from rl.dry_run.found import DryRun, Stage, Tell
 from rl.dry_run.machines import Machines
 from rl.dry_run.memory import memory, sizes_of
@@ -62,6 +62,7 @@ from rollout.seeds import derive_seed
 from rollout.teaching import teacher_of
 from rollout.toolbox import task_tools
 from rollout.tools import ToolOutcome
+from rollout.tree import Tree
 
 STAND_IN = "stand_in"
 """Folder of the stand-in's checkpoint."""
@@ -71,7 +72,9 @@ LEAST_TURN_TOKENS = 48
 TURN_MARGIN = 8
 """Tokens of a turn beyond the longest that the stand-in is taught."""
 JUDGED_LEAVES = JUDGED_STEPS = 2
-"""Of the tree that endpoints are asked about."""
+"""Of a tree that endpoints are asked about."""
+JUDGED_PROMPTS = 4
+"""Trees to look through for a step that a judge has something to say of."""
 SHOWN_CHARS = 160
 ERROR_LINE = re.compile(r"\w(Error|Exception)\b")
 RAY_PATH_LIMIT = 40
@@ -220,7 +223,7 @@ class _Rehearsal:
                 self._train(dry, folder, source, parts, stages)
                 self._resume(dry, folder, source, parts, stages)
                 judged = self._grown_for_judges(dry, source, parts)
-            if judged is not None:
+            if judged:
                 self._ask_judges(judged)
         self._find_unread(dry)
 
@@ -382,37 +385,47 @@ class _Rehearsal:
                 "run then is another run."
             )
 
-    def _grown_for_judges(self, dry: Config, source: PromptSource, parts: Parts) -> ScoredTree | None:
+    def _grown_for_judges(self, dry: Config, source: PromptSource, parts: Parts) -> list[Tree]:
         if not self.judges:
-            return None
+            return []
         rollout = replace(dry.rollout, expander=ExpanderKind.chains, num_leaves=JUDGED_LEAVES, max_steps=JUDGED_STEPS)
-        with self._stage("a tree for the judges"):
-            prompts = source.draw(0, 1)
-            ((_, tree),) = parts.pool.grow(prompts, derive_seed(self.cfg.seed, "judged"), rollout)
-        return ScoredTree(tree=tree)
+        with self._stage("trees for the judges"):
+            prompts = source.draw(0, JUDGED_PROMPTS)
+            return [tree for _, tree in parts.pool.grow(prompts, derive_seed(self.cfg.seed, "judged"), rollout)]
 
-    def _ask_judges(self, grown: ScoredTree) -> None:
-        """Ask endpoints about one tree of two trajectories of at most two steps."""
+    def _ask_judges(self, grown: list[Tree]) -> None:
+        """Ask each endpoint about the first tree, of two trajectories of at most two steps, of which it has something
+        to say."""
         rewards = watched(self.cfg.rewards, self.reads, "rewards")
         rewards = replace(rewards, sources={name: rewards.sources[name] for name in self.judges}, cache_path="")
 
-        async def ask() -> ScoredTree:
-            service = RewardService(rewards, grown.tree.prompt.data.keys())
+        async def ask() -> list[ScoredTree]:
+            service, silent, found = RewardService(rewards, grown[0].prompt.data.keys()), set(self.judges), []
             try:
-                return await asyncio.wait_for(service.score(grown.tree, self.judges), LIMIT_S)
+                for tree in grown:
+                    if silent:
+                        found.append(await asyncio.wait_for(service.score(tree, sorted(silent)), LIMIT_S))
+                        silent = {name for name in silent if not _judged(found[-1], name)}
             finally:
                 service.close()
+            return found
 
         with self._stage("judges") as told:
             scored = asyncio.run(ask())
-            costs = scored.costs.values()
+            costs = [cost for each in scored for cost in each.costs.values()]
             told.text = (
                 f"{sum(cost.tries for cost in costs)} requests, "
                 f"{sum(cost.prompt_tokens + cost.reply_tokens for cost in costs):,} tokens, "
                 f"{sum(cost.usd for cost in costs):.4f} USD"
             )
-        for name, scores in {**scored.step_scores, **scored.leaf_scores}.items():
-            broken = [score.reason for score in scores.values() if score.status in BROKEN]
+        for name in self.judges:
+            scores = [score for each in scored for score in _judged(each, name)]
+            if not scores:
+                self.found.note(
+                    f"rewards.sources.{name} had nothing to say of the steps that the stand-in took, so its judge was "
+                    "not asked. Try it with `grove check-reward`."
+                )
+            broken = [score.reason for score in scores if score.status in BROKEN]
             if broken:
                 self.found.fail(
                     f"rewards.sources.{name}: {len(broken)} of {len(scores)} scores of its judge failed: "
@@ -433,6 +446,12 @@ class _Rehearsal:
                 + ". Take it out, or set what makes it matter.",
                 is_setting=True,
             )
+
+
+def _judged(scored: ScoredTree, name: str) -> list[Score]:
+    """What a source says of the steps or trajectories that it has something to say of."""
+    said = {**scored.step_scores, **scored.leaf_scores}.get(name, {})
+    return [score for score in said.values() if score.status is not ScoreStatus.not_applicable]
 
 
 def last_words(logs: Path) -> list[str]:

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from conf import check_task
-from conf.schema import Config, CorpusConfig, McpServerConfig, PythonToolConfig, TaskConfig, ToolFormat, ToolSandbox
+from conf.schema import (
+    Config,
+    CorpusConfig,
+    McpServerConfig,
+    PythonToolConfig,
+    TaskConfig,
+    ToolFormat,
+    ToolSandbox,
+    WorldConfig,
+)
 
 
 def problems(**task: Any) -> list[str]:
@@ -29,6 +38,10 @@ def test_the_defaults_are_fine():
         (
             {"tool_sandbox": ToolSandbox.process, "tool_memory_limit_mib": 8},
             "task.tool_memory_limit_mib=8 is less than Python itself takes",
+        ),
+        (
+            {"world": WorldConfig(fn="a:B", num_processes=1, memory_limit_mib=8)},
+            "task.world.memory_limit_mib=8 is less than Python itself takes: no world could run",
         ),
         (
             {"tools": [check_task.PYTHON], "tool_timeout_s": 5.0},

@@ -21,7 +21,9 @@ from judge_server import JudgeServer
 
 from conf.errors import RewardFailed
 from conf.schema import RewardModelConfig, RewardsConfig, SourceConfig
+from rewards.arguments import Call
 from rewards.drawn import parse_tree
+from rewards.lane import Lane, ProcessDied, Request
 from rewards.service import RewardService, check_failure_budget
 from rewards.types import BROKEN, Score, ScoredTree, ScoreStatus
 from rl.credit.forest import forest_of
@@ -206,6 +208,26 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trees_are_asked_again(file,
 
     (found,) = scored(cfg, parse_tree("q -> a -> b"), meanwhile=kill)
     assert found.step_scores["faulty"] == {0: Score(1.0), 1: Score(1.0)}
+
+
+@pytest.mark.slow
+def test_who_hears_that_a_process_died_and_asks_again_at_once_gets_another(file):
+    source = SourceConfig(fn=f"{file}:fine")
+    request = Request("fine", source, parse_tree("q -> a"), (Call((0,)),))
+    lane, again = Lane(RewardsConfig()), []
+    first = lane.submit(request, {}, None)
+    # told in the thread that tells, before that thread ends
+    first.ready.add_done_callback(lambda _: again.append(lane.submit(request, {}, None)))
+    assert lane._child is not None
+    lane._child._process.kill()
+    try:
+        with pytest.raises(ProcessDied):
+            first.answers.result(timeout=60)
+        (second,) = again
+        reply = second.answers.result(timeout=60)
+        assert not isinstance(reply, str), reply
+    finally:
+        lane.close()
 
 
 def judged(server: JudgeServer, **changes: object) -> RewardsConfig:

@@ -12,9 +12,9 @@ import pytest
 from conf.errors import ConfigError, RewardFailed
 from conf.schema import RewardsConfig, SourceConfig
 from rewards.drawn import parse_scored, parse_tree
-from rewards.lane import secret_names
 from rewards.service import RewardService, check_failure_budget, score_counts
 from rewards.types import Score, ScoredTree, ScoreStatus
+from rollout.child import secret_names
 from rollout.types import StopReason
 
 FORKED = "q -> a -> (a1, a2)"

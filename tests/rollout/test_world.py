@@ -54,7 +54,7 @@ def env_of(world: Any, *, max_sessions: int = 64, timeout_s: float = 5.0, **sett
 @contextmanager
 def processes(fork: str, num: int = 1, timeout_s: float = 5.0) -> Iterator[WorldEnvironment]:
     args = {"fork": fork}
-    host = ProcessHost(f"{HERE}:Counter", args, num)
+    host = ProcessHost(f"{HERE}:Counter", args, num, memory_mib=512)
     task = TaskConfig(tool_timeout_s=timeout_s)
     try:
         yield WorldEnvironment(task, chatml_tokenizer(), host, Fork(fork))
@@ -252,7 +252,12 @@ def test_a_world_that_hangs_in_a_thread_is_given_up_and_others_go_on():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("hang 60", "did not answer within 1 s"), ("die", "ended its process (status 3)"), ("raise", "OSError: the sky")],
+    [
+        ("hang 60", "did not answer within 1 s"),
+        ("die", "ended its process (status 3)"),
+        ("raise", "OSError: the sky"),
+        ("hoard 600", "MemoryError"),
+    ],
 )
 def test_a_world_that_hangs_or_dies_in_a_process_is_replaced_and_its_other_sessions_come_back(text: str, why: str):
     async def run(env: WorldEnvironment) -> tuple[Turn, Turn]:
@@ -266,7 +271,7 @@ def test_a_world_that_hangs_or_dies_in_a_process_is_replaced_and_its_other_sessi
         assert (crashed.stop, later.facts.result) == (StopReason.tool_crashed, "total 5")
         assert why in crashed.facts.error
         assert isinstance(env.host, ProcessHost)
-        assert env.host.processes[0].num_starts == (1 if text == "raise" else 2)
+        assert env.host.processes[0].num_starts == (2 if text in ("hang 60", "die") else 1)
 
 
 def num_files() -> int:

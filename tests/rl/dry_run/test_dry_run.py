@@ -6,9 +6,11 @@ import json
 import tempfile
 from pathlib import Path
 
+import judge_server
 import pytest
 import torch
 from chatml import chatml_tokenizer
+from judge_server import JudgeServer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rl.cli import main
@@ -63,6 +65,11 @@ def leftovers(room: Path) -> set[str]:
     return ours | {path.name for path in room.iterdir()} - {"__pycache__"}
 
 
+def judge(server: JudgeServer) -> list[str]:
+    source = "rewards.sources.judged={fn: rewards.sources.judge:Principles, model: judge, weight: 0.1}"
+    return [f"rewards.models.judge={{kind: endpoint, path: judge, url: {server.url}}}", source]
+
+
 @pytest.mark.timeout(300)
 def test_a_task_of_ones_own_passes_and_leaves_nothing_behind(room: Path, capsys: pytest.CaptureFixture[str]):
     before = leftovers(room)
@@ -70,9 +77,12 @@ def test_a_task_of_ones_own_passes_and_leaves_nothing_behind(room: Path, capsys:
     mine = ["task.tools=[mine.py:double]", "rewards=custom", "rewards.sources.brief.fn=mine.py:brevity"]
     right = "rewards.sources.right.fn=rewards.sources.outcome:exact_match"
     sizes = ["rollout.max_turn_tokens=128", "rollout.max_context_tokens=2048", "rollout.num_leaves=64"]
-    status = main(["check", *task, *mine, right, *sizes, *QUICK, "cluster.address=ray://nowhere:1", "--json"])
+    with JudgeServer(judge_server.hop_search) as server:
+        asked = [*judge(server), "cluster.address=ray://nowhere:1", "--json"]
+        status = main(["check", *task, *mine, right, *sizes, *QUICK, *asked])
     output = capsys.readouterr()
     assert status == 0, output.err
+    assert 1 <= server.num_requests <= 4  # of one tree
     assert leftovers(room) == before
     found = json.loads(output.out)
     assert found["passed"] and found["unread"] == {}
@@ -81,6 +91,7 @@ def test_a_task_of_ones_own_passes_and_leaves_nothing_behind(room: Path, capsys:
     assert list(dict.fromkeys(name for name in stages if name in wanted)) == wanted  # the end is evaluated too
     details = {stage["name"]: stage["detail"] for stage in found["stages"]}
     assert "2 layers of 64" in details["model"] and details["tools"] == "double returned"
+    assert details["judges"].startswith(f"{server.num_requests} requests, ")
     assert details["resume"] == "the same step, bit for bit"
     assert found["replaced"]["rollout.num_leaves"] == {"run": "64", "check": "4"}
     learner, engine = found["memory"]
@@ -102,10 +113,16 @@ def test_a_reward_that_raises_is_named_with_what_it_raised(room: Path, capsys: p
 
 
 @pytest.mark.timeout(300)
-def test_a_setting_that_does_nothing_is_refused(room: Path, capsys: pytest.CaptureFixture[str]):
-    status = main(["check", "experiment=hop_search", *QUICK, "rollout.num_trees=4"])
+def test_a_setting_that_does_nothing_is_refused_and_a_judge_that_talks_nonsense(
+    room: Path, capsys: pytest.CaptureFixture[str]
+):
+    with JudgeServer(always=judge_server.GARBAGE) as server:
+        nonsense = [*judge(server), "rewards.models.judge.max_retries=0"]
+        status = main(["check", "experiment=hop_search", *QUICK, "rollout.num_trees=4", *nonsense])
     output = capsys.readouterr()
     assert status == 2, output.err
     assert "rollout.num_trees=4 changes nothing" in output.err
-    assert output.err.count("error:") == 1  # it alone
+    assert "rewards.sources.judged: " in output.err and "scores of its judge failed" in output.err
+    assert output.err.count("error:") == 2  # they alone
+    assert "was not asked" not in output.err
     assert "rollout worker 1" in output.out and "memory of a process" in output.out
