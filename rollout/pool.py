@@ -149,7 +149,7 @@ class RolloutPool:
                 ready = wait_some([*calls, *self._joining], limit_s=min(limit_s, left_s), what=what)
             except WaitTimeout:
                 if left_s < limit_s:
-                    self._cut(calls, len(prompts) - num_done, len(prompts))
+                    self._cut(calls, rollout, len(prompts) - num_done, len(prompts))
                     return
                 for worker in set(calls.values()):
                     self._replace(worker, worker.actor, f"grew no tree within {limit_s:.0f} s")
@@ -260,11 +260,13 @@ class RolloutPool:
             return math.inf
         return max(0.1, rollout.batch_timeout_s - (time.monotonic() - started))
 
-    def _cut(self, calls: dict[ray.ObjectRef[Any], _Worker], num_left: int, num_prompts: int) -> None:
+    def _cut(
+        self, calls: dict[ray.ObjectRef[Any], _Worker], rollout: RolloutConfig, num_left: int, num_prompts: int
+    ) -> None:
         """Give up the trees that are still growing."""
         logger.warning(
             "rollout.batch_timeout_s=%g: the batch closes without %d of its %d trees",
-            self._cfg.rollout.batch_timeout_s, num_left, num_prompts,
+            rollout.batch_timeout_s, num_left, num_prompts,
         )  # fmt: skip
         for ref, worker in calls.items():
             ray.cancel(ref)
