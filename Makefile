@@ -45,7 +45,7 @@ demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
 	@echo "Open $(RUN)/report.html: the curve, the settings, and one tree with the reward and credit of each step."
 
 test: install ## run all tests; those that need a CUDA device are skipped without one
-	@$(PYTEST) -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@GROVE_REQUIRE_KEYS=1 $(PYTEST) -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in about two minutes
 	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)

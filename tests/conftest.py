@@ -26,7 +26,10 @@ from conf.reads import FOLDER_VARIABLE, note_records  # noqa: E402
 
 READS, MISSING = pytest.StashKey[Path](), pytest.StashKey[list[str]]()
 
-LONGEST = ("test_train",)
+LONGEST = (
+    *("test_chaos", "test_train", "test_train_rewards", "test_launch_page", "test_cluster", "test_sweep_processes"),
+    *("test_train_custom", "test_methods", "test_dry_run", "test_generate", "test_faults", "test_pool"),
+)
 """Modules of minutes, in the order in which they begin."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
