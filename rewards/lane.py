@@ -22,7 +22,7 @@ from conf.schema import RewardsConfig, SourceConfig
 from rewards.arguments import Call
 from rewards.base import Answers, Source
 from rewards.models.base import ModelError
-from rollout.child import Output, secret_names, set_limits, strike
+from rollout.child import Output, kill_group, secret_names, set_limits
 from rollout.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,8 @@ class _Child:
 
     def _strike(self) -> None:
         assert self._process.pid, "it was started"
-        strike(self._process.pid)
+        kill_group(self._process.pid)
+        self._process.kill()  # it may not lead a group yet
 
     def _ask(self, pending: Pending, number: int, service: str, method: str, args: tuple, kwargs: dict) -> None:
         """Answer what a function asked of its model or engine, in the event loop that wants its score."""

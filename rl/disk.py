@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from conf.errors import DiskFull, WaitTimeout
+from rl.interrupts import raise_if_held_back
 from rollout.patience import wait_for
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ def once_there_is_room(write: Callable[[], Result], *, what: str, limit_s: float
         write: writes all or nothing, so that it can be called again.
         what: is written, for messages.
         limit_s: longest wait for room, in seconds; 0 tries once.
-    Raises: the disk's refusal when nobody made room within the limit; whatever else `write` raises, at once.
+    Raises: DiskFull when nobody made room within the limit; KeyboardInterrupt when one came meanwhile; whatever else
+        `write` raises, at once.
     """
     refused: Exception | None = None
 
@@ -40,6 +42,7 @@ def once_there_is_room(write: Callable[[], Result], *, what: str, limit_s: float
         given_up = time.monotonic() + timeout_s
         while refused is None or time.monotonic() < given_up:
             if refused is not None:
+                raise_if_held_back()
                 time.sleep(min(PAUSE_S, timeout_s))
             try:
                 return (write(),)
@@ -54,5 +57,9 @@ def once_there_is_room(write: Callable[[], Result], *, what: str, limit_s: float
     try:
         return (attempt(0.0) or wait_for(attempt, limit_s=limit_s, what=f"room on the disk for {what}"))[0]
     except WaitTimeout:
-        assert refused is not None, "only a refused write waits"
-        raise refused from None
+        if isinstance(refused, DiskFull):
+            raise refused from None
+        raise DiskFull(
+            f"{what} could not be written ({refused}), and nobody made room within run.disk_wait_s={limit_s:g}: what "
+            "came after would be lost. Free some space or choose another run.dir, then go on with run.resume=true."
+        ) from refused

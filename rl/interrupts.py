@@ -14,14 +14,25 @@ PREEMPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTS = (signal.SIGINT, *PREEMPTIONS)
 PR_SET_PDEATHSIG = 1
 
+_held_back: list[int] = []
+"""Interrupts that came while a block of `uninterrupted` runs."""
+
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold an interrupt back until the block is through, then raise KeyboardInterrupt. Main thread only."""
-    came: list[int] = []
-    with _handled(INTERRUPTS, came.append):
+    _held_back.clear()
+    with _handled(INTERRUPTS, _held_back.append):
         yield
-    if came:
+    if _held_back:
+        _held_back.clear()
+        raise KeyboardInterrupt
+
+
+def raise_if_held_back() -> None:
+    """Raise KeyboardInterrupt within `uninterrupted` where one came, for a wait that helps nobody then."""
+    if _held_back:
+        _held_back.clear()
         raise KeyboardInterrupt
 
 

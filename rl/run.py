@@ -382,7 +382,7 @@ class Run:
                 self._saver.wait()
                 if isinstance(error, CheckpointError) or not self.state.step:
                     return
-                if self.state.step != self._checkpointed_step:
+                if self.state.step != self._checkpointed_step or self._saver.left_out:
                     self.checkpoint(room_wait_s=0.0)  # whoever interrupts does not wait
                     self._saver.wait()
             except Exception as lost:

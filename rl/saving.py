@@ -56,7 +56,7 @@ class Saver:
         self._limit_s = cfg.run.checkpoint_timeout_s
         # Copied, then written, each within the limit; and read back.
         self._background = Background("the checkpoint", 3 * self._limit_s)
-        self._left_out = False
+        self.left_out = False
         """The newest checkpoint, since the disk was full."""
         self._work: Callable[[Callable[[], None]], None] | None = None
         """Writes the newest checkpoint."""
@@ -106,7 +106,7 @@ class Saver:
             logger.info("checkpoint of step %d: written in %.2f s", step, time.monotonic() - started)
 
         self._work = work
-        if self._left_out or not self._cfg.run.checkpoint_in_background:
+        if self.left_out or not self._cfg.run.checkpoint_in_background:
             self._stand_still(self._cfg.run.disk_wait_s if room_wait_s is None else room_wait_s)
         else:
             with self._left_out_where_full():
@@ -126,8 +126,8 @@ class Saver:
         try:
             self._background.wait()
         except DiskFull:
-            self._left_out = True
-        if self._left_out:
+            self.left_out = True
+        if self.left_out:
             self._stand_still(self._cfg.run.disk_wait_s)
 
     def _stand_still(self, room_wait_s: float) -> None:
@@ -139,7 +139,7 @@ class Saver:
             self._background.wait()
 
         once_there_is_room(write, what="a checkpoint", limit_s=room_wait_s)
-        self._left_out = False
+        self.left_out = False
 
     @contextlib.contextmanager
     def _left_out_where_full(self) -> Iterator[None]:
@@ -148,7 +148,7 @@ class Saver:
         except DiskFull as error:
             if not self._cfg.run.disk_wait_s:
                 raise
-            self._left_out = True
+            self.left_out = True
             logger.warning("training goes on without a checkpoint, and the next one waits for room: %s", error)
 
     def restore(self) -> Restored | None:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from conf.errors import ToolError
 from conf.plugin import load_object
-from rollout.child import Output, secret_names, set_limits, strike
+from rollout.child import Output, kill_group, secret_names, set_limits
 
 START_TIMEOUT_S = 120.0
 """Longest a process may take to start and to import the function."""
@@ -187,7 +187,8 @@ class _Process:
 
     def kill(self) -> None:
         """End it and all that it started."""
-        strike(self._popen.pid)
+        kill_group(self._popen.pid)
+        self._popen.kill()
         self._popen.wait()
         self._pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -42,12 +42,10 @@ def set_limits(memory_mib: int, file_bytes: int = 0) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def strike(pid: int) -> None:
-    """Kill a process that leads a group, with all of the group; it is still to be reaped."""
+def kill_group(pid: int) -> None:
+    """Kill the group that a process leads, all that it started included; the process itself is still to be reaped."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 class Output:

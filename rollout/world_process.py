@@ -20,7 +20,7 @@ from functools import partial
 from typing import IO, Any
 
 from conf.errors import ConfigError, DataError, GroveError
-from rollout.child import secret_names, set_limits, strike
+from rollout.child import kill_group, secret_names, set_limits
 from rollout.tools import idle_thread, run_in_thread
 from rollout.types import Prompt
 from rollout.world import Observed, SessionLost, Sessions, WorldFailed, load_world
@@ -71,14 +71,15 @@ class _Process:
         """End the process and all its sessions; a call on its way fails."""
         popen = self._popen
         if popen is not None:
-            strike(popen.pid)
+            kill_group(popen.pid)
             with self._lock:
                 self._clear()
 
     def _clear(self) -> None:
         popen, self._popen = self._popen, None
         if popen is not None:
-            strike(popen.pid)
+            kill_group(popen.pid)
+            popen.kill()
             popen.wait()
             for pipe in (popen.stdin, popen.stdout):
                 if pipe is not None:

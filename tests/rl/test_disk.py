@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import signal
 
 import pytest
 
 from conf.errors import CheckpointError, DiskFull
 from rl import disk
 from rl.disk import is_full, once_there_is_room
+from rl.interrupts import uninterrupted
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -50,12 +53,20 @@ def test_a_full_disk_is_asked_again_until_there_is_room_and_told_once(
 
 def test_where_nobody_makes_room_the_disks_own_words_end_the_wait():
     full = Disk(10**9)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match=r"metrics could not be written \(.*No space left.*run.disk_wait_s=0.1.*resume"):
         once_there_is_room(full.write, what="metrics", limit_s=0.1)
     assert full.asked > 2
-    full = Disk(10**9)
-    with pytest.raises(OSError, match="No space left"):
+    full = Disk(10**9, DiskFull("a checkpoint"))
+    with pytest.raises(DiskFull, match="a checkpoint"):
         once_there_is_room(full.write, what="metrics", limit_s=0.0)
+    assert full.asked == 1
+
+
+def test_who_interrupts_does_not_wait_for_room():
+    full = Disk(10**9)
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        once_there_is_room(full.write, what="metrics", limit_s=30.0)
     assert full.asked == 1
 
 
