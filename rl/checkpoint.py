@@ -25,11 +25,8 @@ FORMAT = 2
 STEP_FOLDER = re.compile(r"step_(\d{6,})(\.replaced)?")
 UNFINISHED = ".unfinished_"
 """Prefix of folders still being written; whatever bears it was left by a killed run."""
-FULL_WORDS = re.compile(r"no space left|disk quota|inline_container", re.IGNORECASE)
-"""How safetensors (the system's words) and torch.save (its zip writer's file) tell of a full disk, for neither raises
-OSError."""
-TROUBLE_WORDS = re.compile(r"input/output error", re.IGNORECASE)
-"""The same, of one that is broken."""
+BROKEN_WORDS = re.compile(r"input/output error", re.IGNORECASE)
+"""How safetensors, which raises no OSError, tells of a disk that is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +220,7 @@ def _remove_unfinished(root: Path) -> None:
 
 
 def _is_disk_trouble(error: Exception) -> bool:
-    return isinstance(error, OSError) or _is_full(error) or TROUBLE_WORDS.search(str(error)) is not None
-
-
-def _is_full(error: Exception) -> bool:
-    return is_full(error) or FULL_WORDS.search(str(error)) is not None
+    return isinstance(error, OSError) or is_full(error) or BROKEN_WORDS.search(str(error)) is not None
 
 
 def _not_written(root: Path, step: int, written_bytes: int, error: Exception) -> CheckpointError:
@@ -240,7 +233,7 @@ def _not_written(root: Path, step: int, written_bytes: int, error: Exception) ->
         survivor = f"The last good checkpoint is untouched: {last.path} (step {last.step}); run.resume=true uses it."
     why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # one from an actor carries its traceback
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
-    kind = DiskFull if _is_full(error) else CheckpointError
+    kind = DiskFull if is_full(error) else CheckpointError
     return kind(
         f"checkpoint of step {step} could not be written to {root} ({why}): {needed} and {free_bytes:,} are free. "
         f"{survivor} Free some space, lower run.keep_checkpoints or choose another run.dir, then resume."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,13 +17,16 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+FULL_WORDS = re.compile(r"no space left|disk quota|inline_container", re.IGNORECASE)
+"""How safetensors (the system's words) and torch.save (its zip writer's file) tell of it; neither raises OSError."""
 PAUSE_S = 2.0
 """Between two tries."""
 
 
 def is_full(error: BaseException) -> bool:
     """Whether the disk, or a quota on it, had no room."""
-    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT})
+    by_number = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return isinstance(error, DiskFull) or by_number or FULL_WORDS.search(str(error)) is not None
 
 
 def once_there_is_room(write: Callable[[], Result], *, what: str, limit_s: float) -> Result:

@@ -21,18 +21,17 @@ _held_back: list[int] = []
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold an interrupt back until the block is through, then raise KeyboardInterrupt. Main thread only."""
-    _held_back.clear()
-    with _handled(INTERRUPTS, _held_back.append):
-        yield
-    if _held_back:
+    try:
+        with _handled(INTERRUPTS, _held_back.append):
+            yield
+        raise_if_held_back()
+    finally:
         _held_back.clear()
-        raise KeyboardInterrupt
 
 
 def raise_if_held_back() -> None:
     """Raise KeyboardInterrupt within `uninterrupted` where one came, for a wait that helps nobody then."""
     if _held_back:
-        _held_back.clear()
         raise KeyboardInterrupt
 
 

@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from conf.schema import Config, PrmKind
 from rewards.blend import blend
 from rewards.types import Cost, Origin, Score, ScoredTree
-from rl.policy.prm_actor import PrmHandle
 from rl.select import outcome
 from rollout.tree import Tree
+
+if TYPE_CHECKING:  # who plans placements comes here too
+    from rl.policy.prm_actor import PrmHandle
 
 
 def prm_source(cfg: Config) -> str:

@@ -51,7 +51,7 @@ from rollout.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-Written = TypeVar("Written")
+Result = TypeVar("Result")
 
 BATCH_LIMIT_S = 24 * 3600.0
 """Of a batch that grows ahead; its trees have limits of their own, which come first."""
@@ -350,7 +350,7 @@ class Run:
         if every and self.state.step % every == 0 and self._checkpointed_step != self.state.step:
             self.checkpoint()
 
-    def checkpoint(self, room_wait_s: float | None = None) -> None:
+    def checkpoint(self, patient: bool = True) -> None:
         """Save model, optimiser, counters and trees in flight; training stands still until they are copied."""
         self._metrics = {}
         self.state.seconds = time.monotonic() - self._started
@@ -358,7 +358,7 @@ class Run:
         success = state.success_after if state.evaluated_step == state.step else None
         ahead = self._ahead.in_flight() if self._ahead else []
         with self._stage("checkpoint"):
-            self._saver.begin(state.step, asdict(state), ahead, success, room_wait_s)
+            self._saver.begin(state.step, asdict(state), ahead, success, patient)
         self._stood_still = self._metrics
         self._checkpointed_step = state.step
 
@@ -383,7 +383,7 @@ class Run:
                 if isinstance(error, CheckpointError) or not self.state.step:
                     return
                 if self.state.step != self._checkpointed_step or self._saver.left_out:
-                    self.checkpoint(room_wait_s=0.0)  # whoever interrupts does not wait
+                    self.checkpoint(patient=False)  # whoever interrupts does not wait
                     self._saver.wait()
             except Exception as lost:
                 logger.error("the last finished step could not be saved: %s", lost)
@@ -398,7 +398,7 @@ class Run:
     def _ask(self, calls: Calls, what: str, limit_s: float | None = None) -> Any:
         return self._learner.answer(calls, limit_s=limit_s or self.cfg.learner.update_timeout_s, what=what)
 
-    def _write(self, what: str, write: Callable[[], Written]) -> Written:
+    def _write(self, what: str, write: Callable[[], Result]) -> Result:
         return once_there_is_room(write, what=f"{what} in {self.folder.path}", limit_s=self.cfg.run.disk_wait_s)
 
     @contextlib.contextmanager

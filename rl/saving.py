@@ -67,7 +67,7 @@ class Saver:
         run: dict[str, Any],
         ahead: Sequence[Grown],
         success: float | None,
-        room_wait_s: float | None = None,
+        patient: bool = True,
     ) -> None:
         """Save the state after `step`; returns once training may go on, with run.checkpoint_in_background=false at
         the end.
@@ -76,7 +76,7 @@ class Saver:
             run: the run's own counters, as JSON values.
             ahead: batches that have begun to grow and are not trained yet.
             success: held-out success at this step, where it was measured.
-            room_wait_s: run.disk_wait_s, or another longest wait for room.
+            patient: where this checkpoint is to wait for room, do so for run.disk_wait_s; else try once.
         Raises: CheckpointError, of this checkpoint or of the one before; WorkerLost; WaitTimeout.
         """
         with self._left_out_where_full():
@@ -107,7 +107,7 @@ class Saver:
 
         self._work = work
         if self.left_out or not self._cfg.run.checkpoint_in_background:
-            self._stand_still(self._cfg.run.disk_wait_s if room_wait_s is None else room_wait_s)
+            self._stand_still(patient)
         else:
             with self._left_out_where_full():
                 self._background.begin(work)
@@ -128,9 +128,9 @@ class Saver:
         except DiskFull:
             self.left_out = True
         if self.left_out:
-            self._stand_still(self._cfg.run.disk_wait_s)
+            self._stand_still(patient=True)
 
-    def _stand_still(self, room_wait_s: float) -> None:
+    def _stand_still(self, patient: bool) -> None:
         assert self._work is not None, "a checkpoint was begun"
         work = self._work
 
@@ -138,7 +138,7 @@ class Saver:
             self._background.begin(work)
             self._background.wait()
 
-        once_there_is_room(write, what="a checkpoint", limit_s=room_wait_s)
+        once_there_is_room(write, what="a checkpoint", limit_s=self._cfg.run.disk_wait_s if patient else 0.0)
         self.left_out = False
 
     @contextlib.contextmanager

@@ -188,7 +188,6 @@ class _Process:
     def kill(self) -> None:
         """End it and all that it started."""
         kill_group(self._popen.pid)
-        self._popen.kill()
         self._popen.wait()
         self._pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)

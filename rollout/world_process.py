@@ -79,7 +79,6 @@ class _Process:
         popen, self._popen = self._popen, None
         if popen is not None:
             kill_group(popen.pid)
-            popen.kill()
             popen.wait()
             for pipe in (popen.stdin, popen.stdout):
                 if pipe is not None:

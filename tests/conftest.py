@@ -124,7 +124,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     With `pytest -n 2 --dist loadgroup --no-loadscope-reorder` the tests that start no process come first, one by one;
     the others follow in modules, longest first, so that neither test process ends long before the other.
     """
-    items.sort(key=lambda item: _turn(item))
+    items.sort(key=_turn)
     for item in items:
         if _starts_processes(item):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

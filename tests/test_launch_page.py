@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from test_docs import blocks, read
 
 PAGE = "docs/launch.md"
+NODE = "127.0.0.2"
 SECTION = "## On a Ray cluster, gone through on one machine"
 LIMIT_S = 600
 DONE = "=== end of block ==="
@@ -32,12 +33,6 @@ def steps() -> list[tuple[str, list[str]]]:
         elif block.language == "text":
             found[-1][1].extend(block.body.splitlines())
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -61,10 +56,10 @@ def test_the_pages_commands_print_what_the_page_says(tmp_path: Path, short_room:
         f"{commands}\necho '{DONE}'\necho $SECONDS >> ../seconds\n" for commands, _ in steps()
     )
     for known, own in (
-        ("6390", free_port()),
-        ("8265", free_port()),
-        ("52365", free_port()),
-        ("52366", free_port()),
+        ("6390", free_port(NODE)),
+        ("8265", free_port(NODE)),
+        ("52365", free_port(NODE)),
+        ("52366", free_port(NODE)),
         ("/tmp/grove_", f"{short_room}/"),
     ):
         script = script.replace(known, str(own))

@@ -31,9 +31,8 @@ def test_best_of_k_goes_by_a_source_that_there_is():
 
 
 def test_best_of_k_may_go_by_the_model_that_the_run_trains():
-    assert (
-        chosen_by_a_source(config("run.eval_samples=4", "run.eval_score=mine", "rewards.sources.mine.prm=true")) == []
-    )
+    cfg = config("run.eval_samples=4", "run.eval_score=mine", "rewards.sources.mine.prm=true")
+    assert chosen_by_a_source(cfg) == []
 
 
 def test_greedy_samples_are_one_sample():

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from conf.schema import TrackerConfig
@@ -23,12 +24,6 @@ METRICS_OF_A_STEP = {
     "time/grow_seconds": 1.5,
     "loss/kl": None,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def scraped(port: int) -> str:

@@ -34,8 +34,8 @@ def programs() -> list[int]:
 def is_program(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         if process.cmdline()[-len(PROGRAM_WORDS) :] == PROGRAM_WORDS:
-            of_others = any("pytest" in each.cmdline() for each in process.parents())
-            return not of_others or any(each.pid == os.getpid() for each in process.parents())
+            parents = process.parents()
+            return os.getpid() in {each.pid for each in parents} or not any("pytest" in p.cmdline() for p in parents)
     return False
 
 

@@ -138,7 +138,7 @@ def test_a_batch_may_close_without_its_stragglers_and_the_next_one_has_them_all(
 
 def slow_down_and_count_aborts(worker: Any) -> None:
     engine = worker._engine._engine._served._engine
-    engine.aborted, engine.seconds_of_a_step = [], 1.0
+    engine.aborted, engine.ended, engine.seconds_of_a_step = [], [], 1.0
     really_abort, really_step = engine.abort_request, engine.step
 
     def abort(request_ids: list[str]) -> None:
@@ -146,14 +146,22 @@ def slow_down_and_count_aborts(worker: Any) -> None:
         really_abort(request_ids)
 
     def step() -> list[Any]:
-        time.sleep(engine.seconds_of_a_step)
-        return really_step()
+        seconds = engine.seconds_of_a_step
+        time.sleep(seconds)
+        outputs = really_step()
+        engine.ended += [each.request_id for each in outputs if each.finished and seconds]
+        return outputs
 
     engine.abort_request, engine.step = abort, step
 
 
 def be_quick_again(worker: Any) -> None:
     worker._engine._engine._served._engine.seconds_of_a_step = 0.0
+
+
+def aborted_and_ended(worker: Any) -> tuple[list[str], list[str]]:
+    engine = worker._engine._engine._served._engine
+    return engine.aborted, engine.ended
 
 
 def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_not_held_up(
@@ -168,6 +176,8 @@ def test_a_turn_whose_time_is_up_is_aborted_in_the_engine_and_the_next_one_is_no
     patient = replace(hurried, max_turn_tokens=24, turn_timeout_s=60.0)
     ((_, tree),) = pool.grow(prompts[:1], 5, patient)
     assert len(tree.trained_leaves()) == 3
-    aborted = [worker.__ray_call__.remote(lambda it: it._engine._engine._served._engine.aborted) for worker in workers]
-    # one that ends with the token of the very step in which it is given up needs no abort
-    assert 2 <= sum(map(len, ray.get(aborted, timeout=60))) <= 3
+    told = ray.get([worker.__ray_call__.remote(aborted_and_ended) for worker in workers], timeout=60)
+    aborted = {each for its, _ in told for each in its}
+    ended = {each for _, its in told for each in its}
+    # of three turns none goes on: each was aborted, or had ended with the token of the step in which its time was up
+    assert aborted and len(aborted | ended) == 3

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from rl.sweeps.record import Status, SweepRecord, read_record
 
@@ -137,12 +137,6 @@ def test_a_real_sweep_with_a_poisoned_reward_killed_half_way_and_resumed(tmp_pat
     said = subprocess.run(compared, capture_output=True, text=True, timeout=100, check=True).stdout
     assert "number1 is left out: it is failed" in said.replace("Number1", "number1")
     assert {"compare.html", "compare.png", "compare.json"} <= {each.name for each in folder.iterdir()}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
