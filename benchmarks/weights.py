@@ -1,21 +1,24 @@
-"""A version of the weights from the learner's processes to an engine: rows of every process against one gathered file.
+"""A version of the weights from the learner's processes to an engine: the ways Grove has against one gathered file.
 
     python -m benchmarks.weights [--quick] [--sizes 4M 52M] [--ranks 1 2] [--repeats 5] [--dtype float32]
 
-Both ways begin with trained weights in real learner processes (FSDP2 over gloo where there are two) and end when the
+All ways begin with trained weights in real learner processes (FSDP2 over gloo where there are two) and end when the
 engine's side has copied every tensor into a model of its own, as an engine does:
 
 - file: all weights gathered on rank 0, written as one safetensors file in shared memory, read by the engine, as Grove
   did it before.
 - shards: each rank puts its rows into the object store of its node with a checksum; the engine checks them and makes
-  tensors whole, a group at a time.
+  tensors whole, a group at a time (cluster.weights=object_store).
+- broadcast: each rank sends its rows over gloo while the engine takes them (cluster.weights=broadcast).
+- ipc: rank 0 makes each group whole in memory that the engine maps (cluster.weights=ipc).
 
 They take turns; the fastest repetition counts.
 
-- `seconds`: of the whole way; `lay_out`: of it until the learner is free again; `take`: the engine's part.
-- `ratio`: file / shards in `seconds`.
+- `seconds`: of the whole way; `lay_out`: of it until the learner is free again; `take`: the engine's part. With
+  broadcast and ipc both work at once, and the longer part counts.
+- `ratio`: file / this way in `seconds`.
 - `ideal`: the fewest copies there can be between two processes, one into shared memory and one out of it, at the
-  speed of this machine's memcpy; `efficiency`: ideal / shards.
+  speed of this machine's memcpy; `efficiency`: ideal / the fastest way.
 - `rank0_mib`, `engine_mib`: resident memory at its highest, above that before; pages of shared memory count where they
   are mapped.
 """
@@ -42,14 +45,17 @@ from benchmarks.apart import status_mib
 from benchmarks.policies import MEDIUM, SMALL, TINY, Size, random_policy
 from benchmarks.tables import Row, report
 from conf.check_machine import DTYPE_BYTES
-from conf.schema import Config, LearnerConfig, ModelConfig
+from conf.schema import Config, LearnerConfig, ModelConfig, WeightPath
 from rl.policy.actor import LearnerGroup
 from rl.policy.sharding import full_weights
 from rl.policy.stored import plain_weights
+from rollout.lines import Offer, Receiver
+from rollout.meeting import LOOPBACK
 from rollout.shards import Arriving, Published
 
 LIMIT_S = 600.0
 SHARED_MEMORY = Path("/dev/shm")
+LINES = [WeightPath.broadcast, WeightPath.ipc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,8 @@ class Way:
 
     ranks: list[Part]
     engine: Part
+    at_once: bool = False
+    """The engine takes while the learner sends."""
 
     @property
     def lay_out_seconds(self) -> float:
@@ -74,8 +82,9 @@ class Way:
 
     @property
     def seconds(self) -> float:
-        """Of the whole way, without the calls between the processes, which both ways have."""
-        return self.lay_out_seconds + self.engine.seconds
+        """Of the whole way, without the calls between the processes, which all ways have."""
+        parts = [self.lay_out_seconds, self.engine.seconds]
+        return max(parts) if self.at_once else sum(parts)
 
 
 class Engine:
@@ -84,6 +93,7 @@ class Engine:
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         torch.set_num_threads(1)
         self._model = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self._receivers = {path: Receiver(torch.device("cpu")) for path in LINES}
 
     def take_file(self, path: str) -> Part:
         """From a safetensors file."""
@@ -101,9 +111,23 @@ class Engine:
 
         return measured_work(lambda: asyncio.run(take()))
 
+    def take_offered(self, offer: Offer) -> Part:
+        """From the learner's lines."""
+
+        def take() -> None:
+            for tensors in self._receivers[offer.path].groups(offer):
+                self._copy(tensors)
+
+        return measured_work(take)
+
     def sums(self) -> dict[str, float]:
         """Something that tells one version from another."""
         return {name: float(weight.double().sum()) for name, weight in self._model.items()}
+
+    def forget(self) -> None:
+        """Every weight is 0, so that nothing of one way counts for the next."""
+        for weight in self._model.values():
+            weight.zero_()
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -137,8 +161,31 @@ def write_file(actor: Any, path: str) -> Part:
 def publish(actor: Any) -> tuple[Any, Part]:
     """Called in every learner process: what it does in a run. Returns its pieces, too."""
     found: list[Any] = []
-    part = measured_work(lambda: found.extend(actor.publish()))
+    part = measured_work(lambda: found.extend(actor.publish(1)[1]))
     return found, part
+
+
+class OverLines:
+    """Brings weights by the lines of one path, which are made once, as in a run."""
+
+    def __init__(self, path: WeightPath, group: LearnerGroup, ranks: int) -> None:
+        self._group = group
+        heard = range(ranks) if path is WeightPath.broadcast else range(1)
+        addresses = group.open_lines(path, [int(rank in heard) for rank in range(ranks)], [LOOPBACK] * ranks)
+        self._offer = Offer(1, 0, path, tuple(addresses[rank] for rank in heard), 0, 1, LIMIT_S)
+
+    def __call__(self, engine: Any) -> Way:
+        """Bring it once more."""
+        self._offer = self._offer.of(1, self._offer.sending + 1)
+        sending = [each.__ray_call__.remote(send, self._offer.sending) for each in self._group._actors]
+        taken: Any = ray.get(engine.take_offered.remote(self._offer), timeout=LIMIT_S)
+        ranks: list[Any] = ray.get(sending, timeout=LIMIT_S)
+        return Way(ranks, taken, at_once=True)
+
+
+def send(actor: Any, sending: int) -> Part:
+    """Called in every learner process: what it does in a run."""
+    return measured_work(lambda: actor.send(1, sending))
 
 
 def by_file(group: LearnerGroup, engine: Any, path: Path) -> Way:
@@ -184,24 +231,31 @@ def measured(size: Size, ranks: int, dtype: str, repeats: int, folder: Path) -> 
     engine: Any = ray.remote(Engine).options(num_cpus=0).remote(weights)
     group.answer(group.ready(), limit_s=LIMIT_S, what="the learner to load")
     path = SHARED_MEMORY / f"grove-benchmark-{folder.name}.safetensors"
-    ways: dict[str, list[Way]] = {"file": [], "shards": []}
-    sums = []
+    wanted, found = {name: float(each.double().sum()) for name, each in weights.items()}, {}
+    measured_ways: dict[str, list[Way]] = {name: [] for name in ("file", "shards", *(each.value for each in LINES))}
     for _ in range(repeats + 1):  # the first warms up
-        ways["file"].append(by_file(group, engine, path))
-        sums.append(ray.get(engine.sums.remote(), timeout=LIMIT_S))
-        ways["shards"].append(by_shards(group, engine))
-        sums.append(ray.get(engine.sums.remote(), timeout=LIMIT_S))
-    assert all(each == sums[0] for each in sums) and any(sums[0].values()), "both ways bring the same weights"
+        for name, ways in measured_ways.items():
+            if name == "file":
+                ways.append(by_file(group, engine, path))
+            elif name == "shards":
+                ways.append(by_shards(group, engine))
+            else:  # a rank has one line at a time
+                over = OverLines(WeightPath(name), group, ranks)
+                over(engine)
+                ways.append(over(engine))
+            found = ray.get(engine.sums.remote(), timeout=LIMIT_S)
+            assert found == wanted, f"{name} brings other weights"
+            ray.get(engine.forget.remote(), timeout=LIMIT_S)
     group.close()
     ray.kill(engine)
-    file, shards = (min(each[1:], key=lambda way: way.seconds) for each in ways.values())
+    best = {name: min(ways[1:], key=lambda way: way.seconds) for name, ways in measured_ways.items()}
     size_bytes = sum(weight.nbytes for weight in weights.values())
     ideal = 2 * copy_seconds(size_bytes)
     row: Row = {
         "name": f"{size.name} {dtype}, {ranks} rank{'s' if ranks > 1 else ''}",
         "mib": round(size_bytes / 2**20),
     }
-    for name, way in (("file", file), ("shards", shards)):
+    for name, way in best.items():
         row |= {
             f"{name}_seconds": way.seconds,
             f"{name}_lay_out": way.lay_out_seconds,
@@ -209,7 +263,8 @@ def measured(size: Size, ranks: int, dtype: str, repeats: int, folder: Path) -> 
             f"{name}_rank0_mib": round(way.ranks[0].mib),
             f"{name}_engine_mib": round(way.engine.mib),
         }
-    return row | {"ratio": file.seconds / shards.seconds, "ideal": ideal, "efficiency": ideal / shards.seconds}
+    ratios = {f"{name}_ratio": best["file"].seconds / way.seconds for name, way in best.items() if name != "file"}
+    return row | ratios | {"ideal": ideal, "efficiency": ideal / min(way.seconds for way in best.values())}
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:

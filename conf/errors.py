@@ -43,6 +43,10 @@ class DamagedWeights(GroveError, RuntimeError):
     """Published weights that did not arrive as they were sent."""
 
 
+class LineBroken(GroveError, RuntimeError):
+    """A line between the learner and the engines on which a version of the weights did not come through."""
+
+
 class WorkerLost(GroveError, RuntimeError):
     """A rollout worker died more often than the run may restart one."""
 

@@ -470,6 +470,17 @@ class Placement(Enum):
     """Nothing is shared: GPUs, or cores without GPUs, belong to the rollout or to the learner."""
 
 
+class WeightPath(Enum):
+    """How new weights get from the learner to the engines (`rl.policy.weights`)."""
+
+    object_store = "object_store"
+    """By Ray's store in the memory of each node: for any plan, and for engines that come and go."""
+    broadcast = "broadcast"
+    """Straight between the processes: NCCL from GPU to GPU, gloo between CPUs."""
+    ipc = "ipc"
+    """By memory that both processes map: CUDA IPC where engine and learner share a GPU, shared memory on a CPU node."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """How long a run is and where it writes."""
@@ -1210,6 +1221,11 @@ class ClusterConfig:
     """Cores offered to Ray; 0 for all."""
     object_store_mib: int = 256
     """Shared memory of a Ray started here, beside two versions of the weights."""
+    weights: WeightPath = WeightPath.object_store
+    """How new weights get to the engines. broadcast and ipc never ran on a GPU yet."""
+    weights_timeout_s: float = 60.0
+    """broadcast and ipc: longest wait for an engine or a learner process that says nothing; then this version goes by
+    the object store."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from conf.check_machine import DTYPE_BYTES
 from conf.errors import GroveError, WaitTimeout, WorkerLost
-from conf.schema import Config
+from conf.schema import Config, WeightPath
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
 from rewards.base import build_sources
@@ -28,12 +28,13 @@ from rewards.types import ScoredTree
 from rl.interrupts import handlers_kept
 from rl.jobs import passed
 from rl.jobs.nodes import require_equal_nodes
+from rl.line_plan import Ends, check_lines
 from rl.placement import Role, node_here, plan
 from rl.places import Places, check_files, ray_nodes
 from rl.policy.actor import LearnerGroup
 from rl.policy.prm_actor import PrmHandle
-from rl.policy.ranks import LOOPBACK
 from rl.policy.weights import WeightPublisher
+from rollout.meeting import LOOPBACK
 from rollout.patience import waiting
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
@@ -160,11 +161,13 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
     Raises: ConfigError, WaitTimeout, WorkerLost when a part does not come up or is lost for good.
     """
     if not cfg.cluster.address:
-        plan(cfg, [node_here(cfg)], with_learner=with_learner)  # what has no room is told before Ray is started
+        # What has no room is told before Ray is started.
+        check_lines(cfg, plan(cfg, [node_here(cfg)], with_learner=with_learner))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ray(cfg, model_path))
         stack.enter_context(_losses_told())
         found = plan(cfg, ray_nodes(), with_learner=with_learner)
+        check_lines(cfg, found)
         logger.info("where the processes go:\n%s", found.table())
         check_files(found, log_dir, model_path)
         places = Places(found)
@@ -192,7 +195,9 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         publisher = None
         if learner is not None:
             learner.answer(learner.ready(), limit_s=cfg.rollout.start_timeout_s, what="the learner to load")
-            publisher = WeightPublisher(cfg, learner, pool)
+            direct = cfg.cluster.weights is not WeightPath.object_store
+            ends = Ends(cfg.cluster.weights, lambda: places.plan) if direct else None
+            publisher = WeightPublisher(cfg, learner, pool, ends)
         if prm is not None:
             prm.answer(prm.ready(), "the process reward model to load", cfg.rollout.start_timeout_s)
         yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher, prm)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rollout.engine import Engine, Groups
+from rollout.lines import Offer
 from rollout.types import Sampled, Sampling
 
 
@@ -61,6 +62,11 @@ class TimedEngine:
         """As the engine's."""
         with self.clock.running():
             await self._engine.load_weights(groups, version)
+
+    async def receive_weights(self, offer: Offer) -> None:
+        """As the engine's."""
+        with self.clock.running():
+            await self._engine.receive_weights(offer)
 
     async def sleep(self) -> None:
         """As the engine's."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rollout.lines import Offer
 from rollout.types import Sampled, Sampling
 
 Groups = AsyncIterator[dict[str, Tensor]]
@@ -30,6 +31,13 @@ class Engine(Protocol):
 
         Nothing is sampled from the first group on until all have come; where they end in an error, the engine waits for
         the next weights.
+        """
+        ...
+
+    async def receive_weights(self, offer: Offer) -> None:
+        """As `load_weights`, straight from the learner's lines.
+
+        Raises: LineBroken, DamagedWeights.
         """
         ...
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from conf.schema import Config
 from rollout.engine import Groups
+from rollout.lines import Offer, Receiver
 from rollout.types import Sampled, Sampling
 
 
@@ -33,6 +34,7 @@ class TransformersEngine:
         self.version = 0
         self._max_batch = cfg.rollout.max_running_requests
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._receiver = Receiver(self._device)
         model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, cfg.model.dtype))
         self._model = model.to(self._device).eval()
         self._waiting: list[_Request] = []
@@ -121,6 +123,16 @@ class TransformersEngine:
                 missing -= tensors.keys()
             assert not missing, f"weights did not come: {missing}"
             self.version = version
+
+    async def receive_weights(self, offer: Offer) -> None:
+        """As `load_weights`, straight from the learner's lines."""
+        groups = self._receiver.groups(offer)
+
+        async def one_by_one() -> Groups:
+            while (tensors := await asyncio.to_thread(next, groups, None)) is not None:
+                yield tensors
+
+        await self.load_weights(one_by_one(), offer.version)
 
     async def sleep(self) -> None:
         """Move the model out of the GPU."""

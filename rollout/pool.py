@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
-from conf.errors import DamagedWeights, EngineLost, GroveError, WaitTimeout, WorkerLost
+from conf.errors import DamagedWeights, EngineLost, GroveError, LineBroken, WaitTimeout, WorkerLost
 from conf.schema import Config, RolloutConfig
 from rollout.balance import least_busy
+from rollout.lines import Offer
 from rollout.seeds import derive_seed
 from rollout.shards import Arrival, Published
 from rollout.tree import Tree
@@ -86,7 +87,8 @@ class RolloutPool:
         """
         self._cfg, self._model_path, self._log_dir, self._places = cfg, model_path, log_dir, places or Anywhere()
         self._judge_actor = judge_actor
-        self._weights: Published | None = None
+        self._weights: Callable[[], Published] | None = None
+        """Makes what a worker that comes later is given."""
         self._restarts = 0
         self._lost_nodes: set[str] = set()
         self._homeless: list[int] = []
@@ -179,21 +181,52 @@ class RolloutPool:
         Returns: how long it took each engine that was there all the time.
         Raises: DamagedWeights when an engine did not get what was sent, once all others have answered.
         """
-        arrivals: list[Arrival] = []
-        damaged: DamagedWeights | None = None
         with self._changing:
-            self._weights = published
+            self._weights = lambda: published
             calls = [(worker, worker.actor, worker.actor.load_weights.remote(published)) for worker in self._workers]
-            for worker, actor, ref in calls:
-                what = f"worker {worker.number} to load weights {published.version}"
-                try:
-                    arrivals += wait_all([ref], limit_s=WEIGHTS_LIMIT_S, what=what)
-                except LOST as error:
-                    self._replace(worker, actor, str(error).splitlines()[0])
-                except DamagedWeights as error:
-                    damaged = error
-        if damaged is not None:
-            raise damaged
+            return self._arrivals(calls, published.version)
+
+    def receive_weights(
+        self,
+        offer: Callable[[dict[int, str]], Mapping[int, Offer]],
+        later: Callable[[], Published],
+        lost: Callable[[str], None],
+    ) -> list[Arrival]:
+        """As `load_weights`, straight from the learner's lines.
+
+        Args:
+            offer: told the workers that are there, number -> name of its process; has the learner send, and gives what
+                each worker is to know.
+            later: makes what a worker is given that comes later, or dies in it and is replaced.
+            lost: told of a worker that died, for whom the learner would wait.
+        Raises: DamagedWeights, LineBroken once all workers have answered: what each of them holds is unknown then.
+        """
+        with self._changing:
+            self._weights = later
+            offers = offer({worker.number: worker.actor._actor_id.hex() for worker in self._workers})
+            told = [(worker, worker.actor, offers[worker.number]) for worker in self._workers]
+            calls = [(worker, actor, actor.receive_weights.remote(each)) for worker, actor, each in told]
+            return self._arrivals(calls, next(iter(offers.values())).version, lost)
+
+    def _arrivals(
+        self,
+        calls: list[tuple[_Worker, Any, ray.ObjectRef[Any]]],
+        version: int,
+        lost: Callable[[str], None] = lambda why: None,
+    ) -> list[Arrival]:
+        arrivals: list[Arrival] = []
+        failed: DamagedWeights | LineBroken | None = None
+        for worker, actor, ref in calls:
+            what = f"worker {worker.number} to load weights {version}"
+            try:
+                arrivals += wait_all([ref], limit_s=WEIGHTS_LIMIT_S, what=what)
+            except LOST as error:
+                lost(f"rollout worker {worker.number} was lost")
+                self._replace(worker, actor, str(error).splitlines()[0])
+            except (DamagedWeights, LineBroken) as error:
+                failed = error
+        if failed is not None:
+            raise failed
         return arrivals
 
     def sleep(self) -> None:
@@ -362,9 +395,7 @@ class RolloutPool:
             worker = self._joining.pop(ref)
             try:
                 value_of(ref)
-                if self._weights is not None:
-                    what = f"worker {worker.number} to load weights {self._weights.version}"
-                    wait_all([worker.actor.load_weights.remote(self._weights)], limit_s=WEIGHTS_LIMIT_S, what=what)
+                self._give_newest([worker])
             except (RayError, GroveError) as error:
                 ray.kill(worker.actor)
                 self._restarts += 1
@@ -387,12 +418,7 @@ class RolloutPool:
         calls = [worker.actor.start.remote() for worker in workers]
         try:
             wait_all(calls, limit_s=limit_s, what="the engines to load")
-            if self._weights is not None:
-                wait_all(
-                    [worker.actor.load_weights.remote(self._weights) for worker in workers],
-                    limit_s=WEIGHTS_LIMIT_S,
-                    what=f"a new worker to load weights {self._weights.version}",
-                )
+            self._give_newest(workers)
         except (*LOST, ActorUnschedulableError) as error:
             raise WorkerLost(
                 f"a rollout worker died while loading the model ({str(error).splitlines()[0]}). "
@@ -404,6 +430,14 @@ class RolloutPool:
                 f"no worker can sample. Its log is in {self._log_dir}; if this engine does not serve the model, try "
                 "rollout.engine=transformers."
             ) from error
+
+    def _give_newest(self, workers: Sequence[_Worker]) -> None:
+        if self._weights is None:
+            return
+        published = self._weights()
+        what = f"worker {', '.join(str(each.number) for each in workers)} to load weights {published.version}"
+        calls = [worker.actor.load_weights.remote(published) for worker in workers]
+        wait_all(calls, limit_s=WEIGHTS_LIMIT_S, what=what)
 
     def actors(self) -> list[Any]:
         """Handles of the workers, for who asks them beside the pool; another after each restart."""

@@ -72,8 +72,8 @@ class Arrival:
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor on the CPU, without a copy where its rows lie one behind the other; uint8 [bytes]."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    """The bytes of a tensor, without a copy where it lies on the CPU, row behind row; uint8 [bytes]."""
+    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
 
 
 def checksum_of(arrays: Sequence[np.ndarray]) -> str:
@@ -106,27 +106,34 @@ def check_piece(piece: Piece, arrays: Sequence[np.ndarray]) -> None:
     )
 
 
-def whole_tensors(parts: Sequence[tuple[Piece, Sequence[np.ndarray]]]) -> dict[str, Tensor]:
-    """The tensors that the pieces of one group make, by name, in the order of the first piece that has them.
+def whole_tensors(parts: Sequence[tuple[Sequence[Rows], Sequence[Tensor]]]) -> dict[str, Tensor]:
+    """The tensors that the rows of one group make, by name, in the order in which they first come.
 
-    One that comes in a single part shares its bytes with the array and must not be written to.
+    One that comes in a single part shares its bytes with what was given and must not be written to.
 
+    Args:
+        parts: of each process: which rows, and the bytes of each, uint8 [bytes].
     Raises: DamagedWeights where rows are missing or come twice.
     """
     of_name: dict[str, list[tuple[Rows, Tensor]]] = {}
-    for piece, arrays in parts:
-        for rows, array in zip(piece.rows, arrays, strict=True):
-            of_name.setdefault(rows.name, []).append((rows, _tensor(rows, array)))
+    for rows_given, given in parts:
+        for rows, flat in zip(rows_given, given, strict=True):
+            of_name.setdefault(rows.name, []).append((rows, _tensor(rows, flat)))
     return {name: _joined(name, sorted(found, key=lambda each: each[0].start)) for name, found in of_name.items()}
 
 
-def _tensor(rows: Rows, array: np.ndarray) -> Tensor:
-    if not array.size:  # a process may have no rows of a small tensor
-        return torch.empty(0, *rows.shape[1:], dtype=getattr(torch, rows.dtype))
+def _tensor(rows: Rows, flat: Tensor) -> Tensor:
+    if not flat.numel():  # a process may have no rows of a small tensor
+        return torch.empty(0, *rows.shape[1:], dtype=getattr(torch, rows.dtype), device=flat.device)
+    typed = flat.view(getattr(torch, rows.dtype))
+    return typed.reshape(-1, *rows.shape[1:]) if rows.shape else typed.reshape(())
+
+
+def without_copy(arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """Tensors on the memory of arrays, which nobody may write to."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of arrays that cannot be written to: nobody writes
-        flat = torch.from_numpy(array).view(getattr(torch, rows.dtype))
-    return flat.reshape(-1, *rows.shape[1:]) if rows.shape else flat.reshape(())
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of arrays that cannot be written to
+        return [torch.from_numpy(array) for array in arrays]
 
 
 def _joined(name: str, found: list[tuple[Rows, Tensor]]) -> Tensor:
@@ -172,10 +179,10 @@ class Arriving:
                 each.cancel()
         self.arrival.load_seconds = time.monotonic() - started - self.arrival.fetch_seconds
 
-    async def _group(self, group: tuple[Piece, ...]) -> list[tuple[Piece, list[np.ndarray]]]:
+    async def _group(self, group: tuple[Piece, ...]) -> list[tuple[Sequence[Rows], list[Tensor]]]:
         parts = []
         for piece in group:
             arrays = await self.fetch(piece.payload)
             check_piece(piece, arrays)
-            parts.append((piece, arrays))
+            parts.append((piece.rows, without_copy(arrays)))
         return parts

@@ -12,7 +12,7 @@ import logging
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
 from conf.errors import EngineLost
 from conf.schema import Config, Placement
 from rollout.engine import Groups
+from rollout.lines import Offer, Receiver
 from rollout.types import Sampled, Sampling
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,13 @@ class _NoInit(WeightTransferInitInfo):
 
 @dataclass
 class _Group(WeightTransferUpdateInfo):
-    """Some of the new weights: tensors, or a safetensors file of them where the model is in another process."""
+    """Some of the new weights: tensors, or a safetensors file of them where the model is in another process; or where
+    to take all of them from."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     path: str = ""
+    offer: dict[str, Any] = field(default_factory=dict)
+    """A `rollout.lines.Offer`, as it goes to another process."""
 
 
 class GroupTransfer(WeightTransferEngine[_NoInit, _Group]):
@@ -97,15 +101,20 @@ class GroupTransfer(WeightTransferEngine[_NoInit, _Group]):
     update_info_cls = _Group
 
     def init_transfer_engine(self, init_info: _NoInit) -> None:
-        """Nothing to set up."""
+        """Get ready to hear lines, which are joined by the first offer that names them."""
+        self._receiver = Receiver(self.device, self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
         """Give every layer back its loaders, which packing for the CPU took away."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _Group) -> None:
-        """Load every tensor of the group."""
+        """Load every tensor of the group, or all that comes over the learner's lines."""
         model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
+        if update_info.offer:
+            for tensors in self._receiver.groups(Offer.from_plain(update_info.offer)):
+                model.load_weights(iter(tensors.items()))
+            return
         tensors = load_file(update_info.path) if update_info.path else update_info.tensors
         model.load_weights(iter(tensors.items()))
 
@@ -204,11 +213,22 @@ class VllmEngine:
 
     async def load_weights(self, groups: Groups, version: int) -> None:
         """Swap the weights in place; running requests are preempted and go on under the new ones."""
+
+        async def take() -> None:
+            async for tensors in groups:
+                await self._served.receive(tensors)
+
         with _or_lost():
-            await self._swap(groups, str(version))
+            await self._swap(take, str(version))
         self.version = version
 
-    async def _swap(self, groups: Groups, version: str) -> None:
+    async def receive_weights(self, offer: Offer) -> None:
+        """As `load_weights`: the process that has the model takes them straight from the learner's lines."""
+        with _or_lost():
+            await self._swap(lambda: self._served.receive_offered(offer), str(offer.version))
+        self.version = offer.version
+
+    async def _swap(self, take: Callable[[], Awaitable[None]], version: str) -> None:
         if not self._transfer_ready:
             await self._served.init_transfer()
             self._transfer_ready = True
@@ -216,8 +236,7 @@ class VllmEngine:
             await self._served.wake_up("weights")
         await self._served.begin_update()
         try:
-            async for tensors in groups:
-                await self._served.receive(tensors)
+            await take()
         except BaseException:
             with contextlib.suppress(Exception):  # half-loaded layers would spoil the next update
                 await self._served.end_update()
@@ -292,6 +311,10 @@ class OwnProcesses:
         with tempfile.NamedTemporaryFile(prefix="grove-weights-", suffix=".safetensors", dir=parent) as file:
             await asyncio.to_thread(save_file, tensors, file.name)
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": file.name}))
+
+    async def receive_offered(self, offer: Offer) -> None:
+        """Load all that comes over the learner's lines."""
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"offer": offer.plain()}))
 
     async def end_update(self, version: str | None = None) -> None:
         """All weights of a version are there, or no more come."""
@@ -369,6 +392,10 @@ class ThisProcess:
     async def receive(self, tensors: dict[str, Tensor]) -> None:
         """Load some of the new weights."""
         await self._on_thread(lambda: self._rpc("update_weights", update_info={"tensors": tensors}))
+
+    async def receive_offered(self, offer: Offer) -> None:
+        """Load all that comes over the learner's lines."""
+        await self._on_thread(lambda: self._rpc("update_weights", update_info={"offer": offer.plain()}))
 
     async def end_update(self, version: str | None = None) -> None:
         """All weights of a version are there, or no more come."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import ray
 
+from conf.errors import GroveError, LineBroken
 from conf.schema import Config, EngineKind, RolloutConfig
 from rollout.busy import BusyClock, TimedEngine
 from rollout.engine import Engine
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
+from rollout.lines import Offer
 from rollout.seeds import derive_seed
 from rollout.shards import Arrival, Arriving, Published
 from rollout.tree import Node, Tree
@@ -128,6 +131,21 @@ class RolloutWorker:
             async with contextlib.aclosing(arriving.tensors()) as groups:
                 await self._engine.load_weights(groups, published.version)
             return arriving.arrival
+
+    async def receive_weights(self, offer: Offer) -> Arrival:
+        """As `load_weights`, straight from the learner's lines.
+
+        Raises: LineBroken, DamagedWeights; the engine then waits for other weights.
+        """
+        started = time.monotonic()
+        with self._clock.running():
+            try:
+                await self._engine.receive_weights(offer)
+            except GroveError:
+                raise
+            except Exception as error:  # what an engine's own process raised comes here as words alone
+                raise LineBroken(f"version {offer.version} was not taken ({type(error).__name__}: {error})") from error
+        return Arrival(load_seconds=time.monotonic() - started)
 
     async def sleep(self) -> None:
         """Leave the GPU to others until new weights come."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from rollout.engine import Groups
 from rollout.environment import Turn
+from rollout.lines import Offer
 from rollout.types import Prompt, Sampled, Sampling, StepFacts, StepKind, StopReason
 
 GO, END, CRASH = 1, 2, 3
@@ -39,6 +40,9 @@ class FakeEngine:
 
     async def load_weights(self, groups: Groups, version: int) -> None:
         self.version = version
+
+    async def receive_weights(self, offer: Offer) -> None:
+        self.version = offer.version
 
     async def sleep(self) -> None: ...
 

@@ -49,9 +49,9 @@ def arrived(sent: Published, fetch: Callable[[Any], Any] = brought) -> dict[str,
     return asyncio.run(collected())
 
 
-def of_ranks(parts: Sequence[Iterable[tuple[list[Rows], list[np.ndarray]]]], version: int = 1) -> Published:
+def of_ranks(parts: Sequence[Iterable[tuple[list[Rows], list[Tensor]]]], version: int = 1) -> Published:
     """What several processes give, each its groups in order."""
-    pieces = [[piece_of(rows, arrays) for rows, arrays in part] for part in parts]
+    pieces = [[piece_of(rows, [as_bytes(each) for each in tensors]) for rows, tensors in part] for part in parts]
     return Published(version, tuple(tuple(each for each in group if each.rows) for group in zip(*pieces, strict=True)))
 
 

@@ -14,6 +14,7 @@ from chatml import chatml_tokenizer, encode
 
 from conf.errors import ToolError
 from rollout.engine import Groups
+from rollout.lines import Offer
 from rollout.types import Prompt, Sampled, Sampling
 from rollout.world import Fork, Observed
 
@@ -94,6 +95,8 @@ class ChatEngine:
         )
 
     async def load_weights(self, groups: Groups, version: int) -> None: ...
+
+    async def receive_weights(self, offer: Offer) -> None: ...
 
     async def sleep(self) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import torch
 from ray.exceptions import RayActorError, RayError
 
 from conf.errors import GroveError, WaitTimeout, WorkerLost
-from conf.schema import Config
+from conf.schema import Config, WeightPath
 from rl.credit.measured import Needs
 from rl.generators import seed_generators
 from rl.policy.memory import keep_freed_memory
 from rl.policy.pack import TreeCredit
 from rl.policy.profile import PROFILES, profiled
-from rl.policy.ranks import LOOPBACK, Ranks, join, meeting_address, open_meeting
+from rl.policy.ranks import Ranks, join
 from rollout.busy import BusyClock
+from rollout.lines import Sender, Sent
+from rollout.meeting import LOOPBACK, meeting_address, open_meeting
 from rollout.seeds import derive_seed
-from rollout.shards import Piece, Published, piece_of
+from rollout.shards import Piece, Published, as_bytes, piece_of
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all
 from rollout.worker import send_output_to
@@ -43,6 +46,8 @@ class LearnerActor:
         logging.getLogger("rl").setLevel(logging.INFO)
         self._cfg, self._model_path, self._rank = cfg, model_path, rank
         self._meeting: Any = None
+        self._version = 0
+        self._line: Sender | None = None
         self._clock = BusyClock()
         self._profiles = Path(log_path).parent.parent / PROFILES
 
@@ -72,7 +77,9 @@ class LearnerActor:
         """One step of training; returns its metrics."""
         trace = self._profiles / f"learner_rank{self._rank}_step_{step + 1:06d}.json.gz"
         with self._clock.running(), profiled(trace if step + 1 in self._cfg.run.profile_steps else None):
-            return self._learner.update(trees, step)
+            metrics = self._learner.update(trees, step)
+        self._version = step + 1
+        return metrics
 
     def measure(self, trees: list[Tree], needs: Needs) -> Any:
         """What credit must know of the policy at the steps of `trees`."""
@@ -84,13 +91,37 @@ class LearnerActor:
         with self._clock.running():
             return self._learner.score(samples)
 
-    def publish(self) -> list[Piece]:
+    def publish(self, version: int | None) -> tuple[int, list[Piece]]:
         """Put this rank's part of what the engines load into the memory that its node shares, group by group.
 
         It stays there as long as anybody holds what is returned.
+
+        Args:
+            version: what the weights are now; None for what they were called last.
         """
+        self._version = self._version if version is None else version
         with self._clock.running():
-            return [piece_of(rows, arrays, payload=ray.put(arrays)) for rows, arrays in self._learner.pieces()]
+            pieces = []
+            for rows, tensors in self._learner.pieces():
+                arrays = [as_bytes(each) for each in tensors]
+                pieces.append(piece_of(rows, arrays, payload=ray.put(arrays)))
+        return self._version, pieces
+
+    def open_line(self, path: WeightPath, num_receivers: int, host: str) -> str:
+        """Make a line to so many engine processes in place of any before; returns its address."""
+        limit_s = self._cfg.cluster.weights_timeout_s
+        self._line = Sender(path, num_receivers, self._learner.ranks.device, limit_s, host)
+        return self._line.address
+
+    def send(self, version: int, sending: int) -> Sent:
+        """Bring the weights to everybody at the line."""
+        assert self._line is not None, "a line is made before anything is sent"
+        self._version = version
+        with self._clock.running():
+            sent = self._line.send(sending, self._learner.pieces(whole=self._line.path is WeightPath.ipc))
+        if sent.broken:
+            self._line = None  # all that still listen hear at once that it is over
+        return sent
 
     def begin_save(self, folder: str) -> None:
         """Copy what a checkpoint needs, and write it while training goes on."""
@@ -146,6 +177,7 @@ class LearnerGroup:
             actor.remote(cfg, model_path, rank, log)
             for rank, (actor, log) in enumerate(zip(actors, self._logs, strict=True))
         ]
+        self._in_turn, self._limit_s = threading.Lock(), cfg.learner.update_timeout_s
         address = self._actors[0].open_meeting.remote(host)
         self._loading = [each.load_learner.remote(address) for each in self._actors]
 
@@ -165,15 +197,30 @@ class LearnerGroup:
         """The answer is the log-probabilities of each (context ids, action ids) sample, at temperature 1."""
         return self._call("score", list(samples))
 
-    def publish(self, version: int, *, limit_s: float) -> Published:
+    def publish(self, version: int | None, *, limit_s: float) -> Published:
         """What the engines load, each rank's part in the memory of its own node.
 
+        Args:
+            version: what the weights are now; None for what they were called last.
         Raises: as `answer`.
         """
-        calls = self._call("publish")
-        of_rank = self.answers(calls, limit_s=limit_s, what=f"the learner to publish weights {version}")
-        groups = zip(*of_rank, strict=True)
-        return Published(version, tuple(tuple(piece for piece in group if piece.rows) for group in groups))
+        calls = self._call("publish", version)
+        of_rank = self.answers(calls, limit_s=limit_s, what=f"the learner to publish weights {version or ''}".rstrip())
+        groups = zip(*(pieces for _, pieces in of_rank), strict=True)
+        return Published(of_rank[0][0], tuple(tuple(piece for piece in group if piece.rows) for group in groups))
+
+    def open_lines(self, path: WeightPath, num_receivers: Sequence[int], hosts: Sequence[str]) -> list[str]:
+        """A line of each rank to so many engine processes; returns their addresses by rank."""
+        with self._in_turn:
+            calls = [
+                actor.open_line.remote(path, number, host)
+                for actor, number, host in zip(self._actors, num_receivers, hosts, strict=True)
+            ]
+        return self.answers(calls, limit_s=self._limit_s, what="the learner to make lines to the engines")
+
+    def send(self, version: int, sending: int) -> Calls:
+        """Bring the weights to all engines at the lines; the answers are a `Sent` of each rank."""
+        return self._call("send", version, sending)
 
     def begin_save(self, folder: str) -> Calls:
         """Begin to write a checkpoint; answered once all is copied and training may go on."""
@@ -234,7 +281,8 @@ class LearnerGroup:
             ray.kill(actor)
 
     def _call(self, method: str, *arguments: Any) -> Calls:
-        return [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        with self._in_turn:  # two threads' calls would reach the ranks in different orders
+            return [getattr(actor, method).remote(*arguments) for actor in self._actors]
 
 
 def _failures(calls: Calls) -> list[BaseException | None]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,9 +160,9 @@ class Learner:
         logprob_E = self.policy.module(batch, Layout.trajectories, temperature=1.0).logprob_E
         return [logprob_E[edges].tolist() for _, _, edges in edges_of_steps(batch, chains)]
 
-    def pieces(self) -> Iterator[tuple[list[Rows], list[np.ndarray]]]:
-        """This rank's part of what the engines load, group by group (`rl.policy.shards.policy_pieces`)."""
-        return policy_pieces(self.policy.module, self.cfg, self.ranks)
+    def pieces(self, *, whole: bool = False) -> Iterator[tuple[list[Rows], list[Tensor]]]:
+        """This rank's part of what engines load, or all of it, group by group (`rl.policy.shards.policy_pieces`)."""
+        return policy_pieces(self.policy.module, self.cfg, self.ranks, whole=whole)
 
     def begin_save(self, folder: str | Path) -> None:
         """Copy what a checkpoint needs, and write it while training goes on. Collective.

@@ -6,16 +6,13 @@ rank that has fewer goes through dummies.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -23,12 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from conf.errors import WaitTimeout
 from rl.policy.pack import PackedBatch, PathCredit, TokenCredit, TreeCredit, pack
+from rollout.meeting import LOOPBACK, interface_of, meeting_at
 from rollout.tree import ROOT, Node, Tree
 from rollout.types import Prompt, StepFacts, StepKind, StopReason
 
 Gathered = TypeVar("Gathered")
 
-LOOPBACK = "127.0.0.1"
 TOKENS_PER_PAIR = 1 / 6000
 """Cost of one (token, token) pair of attention in tokens: 4 d of 24 d^2 multiplications in each layer, at d = 1,000."""
 
@@ -87,31 +84,6 @@ class Ranks:
         return gathered  # pyright: ignore[reportReturnType]
 
 
-def open_meeting(timeout_s: float, host: str = LOOPBACK) -> TCPStore:
-    """Where ranks meet: rank 0 opens it, keeps it, and tells `meeting_address`.
-
-    It listens on one address alone and on a port that the system picked, so that nobody else takes it first.
-
-    Args:
-        host: an address of this node that the other ranks reach; the loopback address where all are on one machine.
-    """
-    listening = socket.create_server((host, 0))
-    port = listening.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=listening.detach(),
-    )
-
-
-def meeting_address(meeting: TCPStore) -> str:
-    """What the other ranks give to `join`."""
-    return f"{meeting.host}:{meeting.port}"
-
-
 def join(
     rank: int, size: int, meeting: TCPStore | str, device: torch.device, timeout_s: float, own_host: str = LOOPBACK
 ) -> Ranks:
@@ -127,8 +99,7 @@ def join(
     timeout = timedelta(seconds=timeout_s)
     try:
         if isinstance(meeting, str):
-            host, _, port = meeting.rpartition(":")
-            meeting = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+            meeting = meeting_at(meeting, timeout_s)
         _start_group(rank, size, meeting, device, timeout, own_host)
     except dist.DistError as error:
         raise WaitTimeout(
@@ -146,17 +117,6 @@ def one_process_mesh(device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():
         _start_group(0, 1, HashStore(), device, timedelta(minutes=1))
     return init_device_mesh(device.type, (1,))
-
-
-def interface_of(host: str) -> str | None:
-    """The network interface whose network an address of this node belongs to; None where none does."""
-    for name, addresses in psutil.net_if_addrs().items():
-        for each in addresses:
-            if each.family is socket.AF_INET and each.netmask:
-                network = ipaddress.ip_network(f"{each.address}/{each.netmask}", strict=False)
-                if ipaddress.ip_address(host) in network:
-                    return name
-    return None
 
 
 def _start_group(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from rl.policy.model import TreePolicy
 from rl.policy.ranks import Ranks
 from rl.policy.sharding import local_rows, whole_tensor
 from rl.policy.stored import plain_weights
-from rollout.shards import Rows, as_bytes
+from rollout.shards import Rows
 
 GROUP_BYTES = 64 * 2**20
 """What a group holds of all ranks together, at most, unless one tensor or one layer of experts is larger."""
@@ -30,15 +29,17 @@ LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @torch.no_grad()
 def policy_pieces(
-    policy: TreePolicy, cfg: Config, ranks: Ranks, group_bytes: int = GROUP_BYTES
-) -> Iterator[tuple[list[Rows], list[np.ndarray]]]:
+    policy: TreePolicy, cfg: Config, ranks: Ranks, group_bytes: int = GROUP_BYTES, *, whole: bool = False
+) -> Iterator[tuple[list[Rows], list[Tensor]]]:
     """This rank's rows of the policy, group by group: adapters merged, a value head and a tied output layer left out.
 
-    Collective: every rank gets as many groups. The bytes may be the weights' own; copy them before the next update.
+    Collective: every rank gets as many groups. The tensors may be the weights themselves; copy them before the next
+    update.
 
     Args:
         cfg: model.dtype is the type that engines take; reads model.lora.
         group_bytes: of a whole group.
+        whole: every rank gets all rows of every group, for engines that hear this rank alone.
     """
     dtype = getattr(torch, cfg.model.dtype)
     model = base_causal_lm(policy.model)
@@ -46,16 +47,16 @@ def policy_pieces(
     parameters = dict(policy.named_parameters())
     sizes = {name: each.numel() * dtype.itemsize for name, each in parameters.items()}
     for number, units in enumerate(groups_of(sizes, group_bytes, by_layer=converts)):
-        rows, arrays = [], []
+        rows, tensors = [], []
         for names in units:
             unit = {name: parameters[name].detach() for name in names}
-            held = _whole(unit, model, cfg.model.lora) if converts else _own_rows(unit, cfg.model.lora)
-            if converts and ranks.rank != number % ranks.size:
+            held = _whole(unit, model, cfg.model.lora) if converts or whole else _own_rows(unit, cfg.model.lora)
+            if converts and not whole and ranks.rank != number % ranks.size:
                 continue
             for name, (tensor, shape, start) in held.items():
                 rows.append(Rows(name, cfg.model.dtype, shape, start))
-                arrays.append(as_bytes(tensor.to(dtype).to("cpu")))
-        yield rows, arrays
+                tensors.append(tensor.to(dtype))
+        yield rows, tensors
 
 
 def has_conversion(model: PreTrainedModel) -> bool:

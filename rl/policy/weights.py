@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from conf.errors import DamagedWeights, StaleWeights
+from conf.errors import DamagedWeights, LineBroken, StaleWeights
 from conf.schema import Config, Placement
+from rl.line_plan import Ends
 from rl.policy.actor import LearnerGroup
+from rl.policy.lines import Lines
 from rollout.pool import RolloutPool
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
@@ -18,13 +20,22 @@ from rollout.types import Sampling
 logger = logging.getLogger(__name__)
 
 CANARY_TOKENS = 16
+BROKEN_LIMIT = 3
+"""Lines that broke as often in a row are no longer tried: each time costs up to cluster.weights_timeout_s."""
 
 
 class WeightPublisher:
-    """Has the learner's processes lay out each version in the memory of their nodes, and every engine take it."""
+    """Has the learner's processes lay out each version in the memory of their nodes, and every engine take it; or send
+    it to the engines straight.
 
-    def __init__(self, cfg: Config, learner: LearnerGroup, pool: RolloutPool) -> None:
+    Args:
+        ends: of the lines that cluster.weights asks for; None for the object store alone.
+    """
+
+    def __init__(self, cfg: Config, learner: LearnerGroup, pool: RolloutPool, ends: Ends | None = None) -> None:
         self._cfg, self._learner, self._pool = cfg, learner, pool
+        self._lines = Lines(cfg, learner, pool, ends) if ends is not None else None
+        self._num_broken = 0
 
     def make_room(self) -> None:
         """Before an update: where engines and learner take turns, engines sleep until the next version comes."""
@@ -54,6 +65,24 @@ class WeightPublisher:
         }
 
     def _bring(self, version: int) -> dict[str, float]:
+        if self._lines is None:
+            return self._by_store(version)
+        try:
+            metrics = self._lines.bring(version)
+            self._num_broken = 0
+            return metrics
+        except LineBroken as error:
+            logger.warning("%s; it goes by the object store", error)
+        self._num_broken += 1
+        if self._num_broken == BROKEN_LIMIT:
+            logger.warning(
+                "cluster.weights=%s broke %d times in a row: weights go by the object store from now on",
+                self._cfg.cluster.weights.value, BROKEN_LIMIT,
+            )  # fmt: skip
+            self._lines = None
+        return self._by_store(version)
+
+    def _by_store(self, version: int) -> dict[str, float]:
         started = time.monotonic()
         published = self._learner.publish(version, limit_s=self._cfg.learner.update_timeout_s)
         lay_out_seconds = time.monotonic() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,8 @@ def trained(room: Path, name: str, *overrides: str, meddle: Meddle = nothing) ->
         weights = arrived(parts.learner.publish(STEPS, limit_s=LIMIT_S), in_shared_memory)
     rows = steady_metrics(folder.path)
     assert len(rows) == STEPS and all(row["learner/grad_norm"] > 0 for row in rows)
-    return {"metrics": rows, "weights": weights}
+    by_store = ["weights/lay_out_seconds" in json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return {"metrics": rows, "weights": weights, "by_store": by_store}
 
 
 async def in_shared_memory(ref: Any) -> Any:
@@ -104,8 +106,13 @@ def on_one_node(room: Path) -> dict[str, Any]:
     return trained(room, "one_node", "rollout.num_workers=2", "cluster.num_cpus=2")
 
 
-def test_engines_that_take_turns_with_the_learner_change_no_bit(room: Path, on_one_node: dict[str, Any]):
-    assert_same(trained(room, "in_turn", "rollout.num_workers=1", "cluster=one_gpu", "cluster.num_cpus=1"), on_one_node)
+def test_engines_that_take_turns_with_the_learner_and_map_its_memory_change_no_bit(
+    room: Path, on_one_node: dict[str, Any]
+):
+    in_turn = ["rollout.num_workers=1", "cluster=one_gpu", "cluster.num_cpus=1", "cluster.weights=ipc"]
+    found = trained(room, "in_turn", *in_turn)
+    assert_same(found, on_one_node)
+    assert on_one_node["by_store"] == [True] * STEPS and found["by_store"] == [False] * STEPS
     log = (room / "in_turn" / "logs" / "rollout_worker_0.log").read_text()
     assert log.count("sleep mode is not supported on CPU") == 3 * STEPS, "asleep, weights awake, cache awake"
 
@@ -160,9 +167,12 @@ def test_a_run_over_several_nodes_of_which_one_goes_and_comes_back_equals_the_ru
         "cluster=existing",
         f"cluster.address={nodes.address}",
         "cluster.learner_nodes=2",
+        "cluster.weights=broadcast",
     ]
     with caplog.at_level(logging.INFO):
-        assert_same(trained(room, "spread", *spread, meddle=meddle), on_one_node)
+        found = trained(room, "spread", *spread, meddle=meddle)
+    assert_same(found, on_one_node)
+    assert not found["by_store"][0] and not found["by_store"][2], "by lines, made anew for those who are there"
     for line in ("learner 0         127.0.0.2 (here)", "learner 1         127.0.0.3", "rollout worker 2  127.0.0.4"):
         assert line in caplog.text
     assert seen == [3, 3, 3, 3, 2, 3], (

@@ -19,15 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.compose import compose
 from conf.errors import DamagedWeights, StaleWeights
-from conf.schema import Config
+from conf.schema import Config, WeightPath
 from rl.credit.assign import assign
 from rl.credit.forest import forest_of
 from rl.launch import Parts, launched
+from rl.line_plan import Ends
+from rl.placement import Node, plan
 from rl.policy.actor import Calls, LearnerGroup
 from rl.policy.tree_credits import tree_credits
+from rl.policy.weights import WeightPublisher
 from rl.shares import advantage_tables
 from rl.tiny import write_tiny_model
 from rollout.data import build_prompt_source
+from rollout.meeting import LOOPBACK
 from rollout.shards import Published
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampling
@@ -180,6 +184,26 @@ def test_weights_that_are_damaged_on_their_way_are_sent_again_and_once_only(
         parts.publisher.publish(8, trees)
     monkeypatch.setattr(learner_of(parts), "publish", publish)
     assert parts.publisher.publish(9, trees)["weights/canary_gap_nats"] < 1e-4, "the engines waited for better ones"
+
+
+@pytest.mark.parametrize("path", [WeightPath.broadcast, WeightPath.ipc])
+def test_a_worker_that_dies_while_weights_come_straight_costs_time_alone(
+    cfg: Config, parts: Parts, prompts: list[Prompt], path: WeightPath, caplog: pytest.LogCaptureFixture
+):
+    chosen = replace(cfg, cluster=replace(cfg.cluster, weights=path))
+    found = plan(chosen, [Node("here", LOOPBACK, 2, is_driver=True)])
+    publisher = WeightPublisher(chosen, learner_of(parts), parts.pool, Ends(path, lambda: found))
+    trees = grow(parts, prompts[:2])
+    assert publisher.publish(10, trees)["weights/canary_gap_nats"] < 1e-4
+    os.kill(parts.pool.worker_pids()[1], signal.SIGKILL)  # nobody has noticed when the next version is sent
+    metrics = publisher.publish(11, trees)
+    assert metrics["weights/canary_gap_nats"] < 1e-4 and metrics["weights/lay_out_seconds"] > 0
+    assert "the learner could not send version 11 to all engines: rollout worker 1 was lost; it goes by" in caplog.text
+    assert caplog.text.count("it goes by the object store") == 1
+    metrics = publisher.publish(12, trees)  # by lines made anew, to the new worker too
+    assert metrics["weights/canary_gap_nats"] < 1e-4 and "weights/lay_out_seconds" not in metrics
+    assert caplog.text.count("it goes by the object store") == 1
+    assert {node.version for tree in grow(parts, prompts) for node in tree.nodes} == {12}
 
 
 def spoilt(publish: Callable[..., Published]) -> Callable[..., Published]:

@@ -20,6 +20,7 @@ from rollout.engine import Groups
 from rollout.envs.hop_search import HopSearchRows, demonstration
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
+from rollout.lines import Offer
 from rollout.tree import Tree
 from rollout.types import Prompt, Sampled, Sampling, StepKind, StopReason
 
@@ -53,6 +54,8 @@ class Demonstrator:
         )
 
     async def load_weights(self, groups: Groups, version: int) -> None: ...
+
+    async def receive_weights(self, offer: Offer) -> None: ...
 
     async def sleep(self) -> None: ...
 

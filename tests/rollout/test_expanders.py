@@ -22,6 +22,7 @@ from rollout.expand import build_expander
 from rollout.expanders.comb import choice_chances
 from rollout.expanders.entropy import marked_end
 from rollout.grow import complete_path, grow_tree
+from rollout.lines import Offer
 from rollout.tree import ROOT, Tree, split
 from rollout.types import Sampled, Sampling, StepFacts, StepKind, StopReason
 
@@ -63,6 +64,8 @@ class WordEngine:
         )
 
     async def load_weights(self, groups: Groups, version: int) -> None: ...
+
+    async def receive_weights(self, offer: Offer) -> None: ...
 
     async def sleep(self) -> None: ...
 

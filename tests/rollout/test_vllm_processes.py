@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -15,13 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.compose import compose
-from conf.schema import Config
+from conf.schema import Config, WeightPath
 from rl.tiny import write_tiny_model
 from rollout.data import build_prompt_source
+from rollout.lines import Offer, Sender, Sent
 from rollout.pool import RolloutPool
+from rollout.shards import Rows
 from rollout.tree import Tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+LIMIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +64,37 @@ def largest_gap(tree: Tree, model: torch.nn.Module) -> float:
     return max(gaps)
 
 
-def test_it_samples_the_model_and_follows_new_weights(cfg: Config, pool: RolloutPool, model_path: Path):
+def receive(pool: RolloutPool, weights: dict[str, torch.Tensor]) -> None:
+    """Send weights over a line, in two groups."""
+    sender, half = Sender(WeightPath.broadcast, 1, torch.device("cpu"), LIMIT_S), len(weights) // 2
+    offer = Offer(1, 1, WeightPath.broadcast, (sender.address,), receiver=0, num_receivers=1, limit_s=LIMIT_S)
+    names = list(weights)
+    groups = [
+        ([Rows(name, "float32", tuple(weights[name].shape), 0) for name in part], [weights[name] for name in part])
+        for part in (names[:half], names[half:])
+    ]
+    with ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(sender.send, 1, groups)
+        pool.receive_weights(
+            lambda members: dict.fromkeys(members, offer), later=lambda: published(weights), lost=pytest.fail
+        )
+        assert sent.result() == Sent(sum(each.numel() * 4 for each in weights.values()))
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_it_samples_the_model_and_follows_new_weights(cfg: Config, pool: RolloutPool, model_path: Path, straight: bool):
     prompts = build_prompt_source(cfg, AutoTokenizer.from_pretrained(model_path)).draw(0, 2)
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    pool.load_weights(published(load_file(model_path / "model.safetensors"), version=0, put=ray.put))
     before = [tree for _, tree in pool.grow(prompts, 0)]
     assert max(largest_gap(tree, model) for tree in before) < 1e-4
     torch.manual_seed(0)
     weights = load_file(model_path / "model.safetensors")
     changed = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in weights.items()}
-    pool.load_weights(published(changed, put=ray.put))
+    if straight:
+        receive(pool, changed)
+    else:
+        pool.load_weights(published(changed, put=ray.put))
     after = [tree for _, tree in pool.grow(prompts, 0)]
     assert {node.version for tree in after for node in tree.nodes} == {1}
     assert max(largest_gap(tree, model) for tree in after) > 0.01, "the old weights are gone, the tied head's too"

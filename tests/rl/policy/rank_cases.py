@@ -23,9 +23,11 @@ from rl.policy.moments import load_moments, load_weights, moment_tensors, weight
 from rl.policy.optimizer import build_optimizer
 from rl.policy.pack import PackedBatch, TreeCredit, pack, plan_packs
 from rl.policy.rank_files import Shards, save_shards
-from rl.policy.ranks import Ranks, dummy_batch, join, meeting_address, open_meeting, share_packs
+from rl.policy.ranks import Ranks, dummy_batch, join, share_packs
 from rl.policy.sharding import clip_gradients, full_weights, shard
 from rl.policy.shards import policy_pieces
+from rollout.meeting import meeting_address, open_meeting
+from rollout.shards import as_bytes
 from rollout.tree import ROOT
 
 SHAPE = [ROOT, 0, 0, 1, 1, ROOT]
@@ -294,10 +296,10 @@ def pieces(module: TreePolicy, ranks: Ranks, lora: LoraConfig | None = None) -> 
     cfg = Config(model=ModelConfig(dtype="bfloat16", lora=lora or LoraConfig()))
     found = [
         [
-            (each.name, each.dtype, list(each.shape), each.start, torch.from_numpy(array.copy()))
-            for each, array in zip(rows, arrays, strict=True)
+            (each.name, each.dtype, list(each.shape), each.start, torch.from_numpy(as_bytes(tensor).copy()))
+            for each, tensor in zip(rows, tensors, strict=True)
         ]
-        for rows, arrays in policy_pieces(module, cfg, ranks, group_bytes=2000)
+        for rows, tensors in policy_pieces(module, cfg, ranks, group_bytes=2000)
     ]
     return {"pieces": found, "weights": full_weights(module)}
 

@@ -21,11 +21,10 @@ from rl.policy.ranks import (
     dummy_batch,
     is_dummy,
     join,
-    meeting_address,
-    open_meeting,
     pack_cost,
     share_packs,
 )
+from rollout.meeting import meeting_address, open_meeting
 
 CPU = torch.device("cpu")
 
@@ -135,8 +134,3 @@ def test_a_rank_that_nobody_joins_stops_waiting_and_says_where_to_look():
     meeting = open_meeting(timeout_s=5.0)
     with pytest.raises(WaitTimeout, match=r"(?s)rank 1 waited 0 s for the 1 other .* learner\*\.log"):
         join(1, 2, meeting_address(meeting), CPU, timeout_s=0.3)
-
-
-def test_two_meetings_do_not_share_a_port():
-    first, second = open_meeting(timeout_s=5.0), open_meeting(timeout_s=5.0)
-    assert meeting_address(first) != meeting_address(second)

@@ -1,0 +1,58 @@
+"""Where processes that share no parent meet: a small store at one address, which one of them opens."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from datetime import timedelta
+
+import psutil
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+LOOPBACK = "127.0.0.1"
+
+
+def open_meeting(timeout_s: float, host: str = LOOPBACK) -> TCPStore:
+    """Where others meet this process: it opens it, keeps it, and tells `meeting_address`.
+
+    It listens on one address alone and on a port that the system picked, so that nobody else takes it first.
+
+    Args:
+        host: an address of this node that the others reach; the loopback address where all are on one machine.
+    """
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listening.detach(),
+    )
+
+
+def meeting_address(meeting: TCPStore) -> str:
+    """What the others give to `meeting_at`."""
+    return f"{meeting.host}:{meeting.port}"
+
+
+def meeting_at(address: str, timeout_s: float) -> TCPStore:
+    """The store that another process opened.
+
+    Raises: torch.distributed.DistError when it does not answer in time.
+    """
+    host, _, port = address.rpartition(":")
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def interface_of(host: str) -> str | None:
+    """The network interface whose network an address of this node belongs to; None where none does."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family is socket.AF_INET and each.netmask:
+                network = ipaddress.ip_network(f"{each.address}/{each.netmask}", strict=False)
+                if ipaddress.ip_address(host) in network:
+                    return name
+    return None
