@@ -216,15 +216,18 @@ class RolloutPool:
     ) -> list[Arrival]:
         arrivals: list[Arrival] = []
         failed: DamagedWeights | LineBroken | None = None
-        for worker, actor, ref in calls:
-            what = f"worker {worker.number} to load weights {version}"
-            try:
-                arrivals += wait_all([ref], limit_s=WEIGHTS_LIMIT_S, what=what)
-            except LOST as error:
-                lost(f"rollout worker {worker.number} was lost")
-                self._replace(worker, actor, str(error).splitlines()[0])
-            except (DamagedWeights, LineBroken) as error:
-                failed = error
+        waiting = {ref: (worker, actor) for worker, actor, ref in calls}
+        while waiting:
+            what = f"{len(waiting)} workers to load weights {version}"
+            for ref in wait_some(list(waiting), limit_s=WEIGHTS_LIMIT_S, what=what):
+                worker, actor = waiting.pop(ref)
+                try:
+                    arrivals.append(value_of(ref))
+                except LOST as error:
+                    lost(f"rollout worker {worker.number} was lost")
+                    self._replace(worker, actor, str(error).splitlines()[0])
+                except (DamagedWeights, LineBroken) as error:
+                    failed = error
         if failed is not None:
             raise failed
         return arrivals

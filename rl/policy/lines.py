@@ -56,14 +56,18 @@ class Lines:
             calls.extend(self._learner.send(version, self._sending))
             return {number: each.of(version, self._sending) for number, each in self._offers.items()}
 
-        started = time.monotonic()
+        started, failed, arrivals = time.monotonic(), None, []
         try:
             arrivals = self._pool.receive_weights(offer, self._in_store, self._give_up)
+        except LineBroken as error:
+            failed = error
         finally:  # whatever the engines say, the learner must be through before it is asked for anything else
             what = f"the learner to send weights {version}"
             sent: Sequence[Sent] = self._learner.answers(calls, limit_s=limit_s, what=what) if calls else []
         if broken := [each.broken for each in sent if each.broken]:
-            raise LineBroken(f"the learner could not send version {version} to all engines: {broken[0]}")
+            raise LineBroken(f"the learner could not send version {version} to all engines: {broken[0]}") from failed
+        if failed is not None:
+            raise failed
         # A line by a shared device carries all of the weights, one of several by the network its rows alone.
         sizes = [each.size_bytes for each in sent]
         return {

@@ -198,7 +198,7 @@ def test_a_worker_that_dies_while_weights_come_straight_costs_time_alone(
     os.kill(parts.pool.worker_pids()[1], signal.SIGKILL)  # nobody has noticed when the next version is sent
     metrics = publisher.publish(11, trees)
     assert metrics["weights/canary_gap_nats"] < 1e-4 and metrics["weights/lay_out_seconds"] > 0
-    assert "the learner could not send version 11 to all engines: rollout worker 1 was lost; it goes by" in caplog.text
+    assert "the learner could not send version 11 to all engines" in caplog.text
     assert caplog.text.count("it goes by the object store") == 1
     metrics = publisher.publish(12, trees)  # by lines made anew, to the new worker too
     assert metrics["weights/canary_gap_nats"] < 1e-4 and "weights/lay_out_seconds" not in metrics
