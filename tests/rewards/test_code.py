@@ -26,6 +26,7 @@ from rollout.jail import isolation_problem
 ADD = "def add(a, b):\n    return a + b\n"
 ADD_TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0\nassert add('a', 'b') == 'ab'"
 CASES = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11"}]
+ENDLESS = "while True: pass"
 SUM = "print(sum(map(int, input().split())))"
 
 
@@ -79,11 +80,12 @@ def test_program_of_an_answer(answer: str, code: str):
         ("print(3)", CASES, 0),
         (SUM + "\nraise SystemExit(1)", CASES, 0),
         (SUM + "\nraise SystemExit(0)", CASES, 1),
-        ("while True: pass", CASES, 0),
+        (ENDLESS, CASES, 0),
     ],
 )
 def test_program_against_tests(answer: str, tests: Any, value: float):
-    assert score(answer, tests, wall_s=1.0) == value
+    # Python alone takes a second to start on a busy machine; one that never ends is not waited for that long.
+    assert score(answer, tests, wall_s=1.0 if answer == ENDLESS else 20.0) == value
 
 
 @pytest.mark.slow
