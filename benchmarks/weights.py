@@ -11,14 +11,17 @@ engine's side has copied every tensor into a model of its own, as an engine does
   tensors whole, a group at a time (cluster.weights=object_store).
 - broadcast: each rank sends its rows over gloo while the engine takes them (cluster.weights=broadcast).
 - ipc: rank 0 makes each group whole in memory that the engine maps (cluster.weights=ipc).
+- delta: broadcast of what has changed, after a change of `--changed` of all weights (cluster.weights_delta=true).
 
 They take turns; the fastest repetition counts.
 
 - `seconds`: of the whole way; `lay_out`: of it until the learner is free again; `take`: the engine's part. With
-  broadcast and ipc both work at once, and the longer part counts.
+  broadcast and ipc both work at once, and the part of who began last counts.
 - `ratio`: file / this way in `seconds`.
 - `ideal`: the fewest copies there can be between two processes, one into shared memory and one out of it, at the
-  speed of this machine's memcpy; `efficiency`: ideal / the fastest way.
+  speed of this machine's memcpy; `efficiency`: ideal / this way.
+- `sent`: share of the bytes that was sent; `pays_below_gbit`: the network, in Gbit/s, on which sending the others would
+  take as long as finding them took here beyond a broadcast, so that delta is faster on any slower one.
 - `rank0_mib`, `engine_mib`: resident memory at its highest, above that before; pages of shared memory count where they
   are mapped.
 """
@@ -47,9 +50,9 @@ from benchmarks.tables import Row, report
 from conf.check_machine import DTYPE_BYTES
 from conf.schema import Config, LearnerConfig, ModelConfig, WeightPath
 from rl.policy.actor import LearnerGroup
-from rl.policy.sharding import full_weights
+from rl.policy.sharding import full_weights, local_rows
 from rl.policy.stored import plain_weights
-from rollout.lines import Offer, Receiver
+from rollout.lines import Offer, Receiver, Sent
 from rollout.meeting import LOOPBACK
 from rollout.shards import Arriving, Published
 
@@ -82,9 +85,12 @@ class Way:
 
     @property
     def seconds(self) -> float:
-        """Of the whole way, without the calls between the processes, which all ways have."""
+        """Of the whole way, without the calls between the processes, which all ways have.
+
+        Both ends end together where they work at once; whoever began last has waited for nobody.
+        """
         parts = [self.lay_out_seconds, self.engine.seconds]
-        return max(parts) if self.at_once else sum(parts)
+        return min(parts) if self.at_once else sum(parts)
 
 
 class Engine:
@@ -168,8 +174,9 @@ def publish(actor: Any) -> tuple[Any, Part]:
 class OverLines:
     """Brings weights by the lines of one path, which are made once, as in a run."""
 
-    def __init__(self, path: WeightPath, group: LearnerGroup, ranks: int) -> None:
-        self._group = group
+    def __init__(self, path: WeightPath, group: LearnerGroup, ranks: int, *, delta: bool = False) -> None:
+        self._group, self.brought_bytes = group, 0
+        ray.get([each.__ray_call__.remote(choose, delta) for each in group._actors], timeout=LIMIT_S)
         heard = range(ranks) if path is WeightPath.broadcast else range(1)
         addresses = group.open_lines(path, [int(rank in heard) for rank in range(ranks)], [LOOPBACK] * ranks)
         self._offer = Offer(1, 0, path, tuple(addresses[rank] for rank in heard), 0, 1, LIMIT_S)
@@ -179,13 +186,30 @@ class OverLines:
         self._offer = self._offer.of(1, self._offer.sending + 1)
         sending = [each.__ray_call__.remote(send, self._offer.sending) for each in self._group._actors]
         taken: Any = ray.get(engine.take_offered.remote(self._offer), timeout=LIMIT_S)
-        ranks: list[Any] = ray.get(sending, timeout=LIMIT_S)
-        return Way(ranks, taken, at_once=True)
+        found: list[Any] = ray.get(sending, timeout=LIMIT_S)
+        self.brought_bytes = sum(sent.brought_bytes for sent, _ in found)
+        return Way([part for _, part in found], taken, at_once=True)
 
 
-def send(actor: Any, sending: int) -> Part:
+def choose(actor: Any, delta: bool) -> None:
+    """Called in every learner process: as the run's settings would say."""
+    actor._cfg.cluster.weights_delta = delta
+
+
+def send(actor: Any, sending: int) -> tuple[Sent, Part]:
     """Called in every learner process: what it does in a run."""
-    return measured_work(lambda: actor.send(1, sending))
+    found: list[Sent] = []
+    part = measured_work(lambda: found.append(actor.send(1, sending)))
+    return found[0], part
+
+
+def change(actor: Any, share: float) -> None:
+    """Called in every learner process: an update that changes so many of the weights that it holds."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each in actor._learner.policy.module.parameters():
+            rows = local_rows(each)[0]
+            rows += (torch.rand(rows.shape, generator=generator) < share) * 0.5
 
 
 def by_file(group: LearnerGroup, engine: Any, path: Path) -> Way:
@@ -217,8 +241,8 @@ def copy_seconds(size_bytes: int) -> float:
     return min(seconds)
 
 
-def measured(size: Size, ranks: int, dtype: str, repeats: int, folder: Path) -> Row:
-    """One line of the table."""
+def measured(size: Size, ranks: int, dtype: str, repeats: int, changed: float, folder: Path) -> list[Row]:
+    """A line of the table for each way."""
     model = folder / size.name
     policy = random_policy(size, torch.device("cpu"))
     policy.model.save_pretrained(str(model))
@@ -246,25 +270,39 @@ def measured(size: Size, ranks: int, dtype: str, repeats: int, folder: Path) -> 
             found = ray.get(engine.sums.remote(), timeout=LIMIT_S)
             assert found == wanted, f"{name} brings other weights"
             ray.get(engine.forget.remote(), timeout=LIMIT_S)
+    over, deltas = OverLines(WeightPath.broadcast, group, ranks, delta=True), []
+    over(engine)
+    for _ in range(repeats):
+        ray.get([each.__ray_call__.remote(change, changed) for each in group._actors], timeout=LIMIT_S)
+        deltas.append(over(engine))
+    found = ray.get(engine.sums.remote(), timeout=LIMIT_S)
+    by_shards(group, engine)
+    assert found == ray.get(engine.sums.remote(), timeout=LIMIT_S), "changes make other weights"
     group.close()
     ray.kill(engine)
+    measured_ways["delta"] = [deltas[0], *deltas]
     best = {name: min(ways[1:], key=lambda way: way.seconds) for name, ways in measured_ways.items()}
     size_bytes = sum(weight.nbytes for weight in weights.values())
     ideal = 2 * copy_seconds(size_bytes)
-    row: Row = {
-        "name": f"{size.name} {dtype}, {ranks} rank{'s' if ranks > 1 else ''}",
-        "mib": round(size_bytes / 2**20),
-    }
+    extra = best["delta"].seconds - best["broadcast"].seconds
+    saved_gbit = (size_bytes - over.brought_bytes) * 8e-9
+    rows: list[Row] = []
     for name, way in best.items():
-        row |= {
-            f"{name}_seconds": way.seconds,
-            f"{name}_lay_out": way.lay_out_seconds,
-            f"{name}_take": way.engine.seconds,
-            f"{name}_rank0_mib": round(way.ranks[0].mib),
-            f"{name}_engine_mib": round(way.engine.mib),
+        row: Row = {
+            "name": f"{size.name} {dtype}, {ranks} rank{'s' if ranks > 1 else ''}: {name}",
+            "mib": round(size_bytes / 2**20),
+            "seconds": way.seconds,
+            "lay_out": way.lay_out_seconds,
+            "take": way.engine.seconds,
+            "ratio": best["file"].seconds / way.seconds,
+            "efficiency": ideal / way.seconds,
+            "rank0_mib": round(way.ranks[0].mib),
+            "engine_mib": round(way.engine.mib),
+            "sent": over.brought_bytes / size_bytes if name == "delta" else 1.0,
         }
-    ratios = {f"{name}_ratio": best["file"].seconds / way.seconds for name, way in best.items() if name != "file"}
-    return row | ratios | {"ideal": ideal, "efficiency": ideal / min(way.seconds for way in best.values())}
+        rows.append(row)
+    rows[-1]["pays_below_gbit"] = saved_gbit / extra if extra > 0 else float("inf")
+    return rows
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -286,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="float32")
+    parser.add_argument("--changed", type=float, default=0.024, help="share of the weights that an update changes")
     chosen = parser.parse_args(arguments)
     if chosen.quick:
         chosen.sizes, chosen.ranks, chosen.repeats = ["tiny"], [1], 1
@@ -296,9 +335,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     try:
         with tempfile.TemporaryDirectory(prefix="grove-weights-") as folder:
             rows = [
-                measured(sizes[size], ranks, chosen.dtype, chosen.repeats, Path(folder))
+                row
                 for size in chosen.sizes
                 for ranks in chosen.ranks
+                for row in measured(sizes[size], ranks, chosen.dtype, chosen.repeats, chosen.changed, Path(folder))
             ]
     finally:
         ray.shutdown()

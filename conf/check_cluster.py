@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from conf.problem import Problem
-from conf.schema import Config, ModelKind, Placement
+from conf.schema import Config, ModelKind, Placement, WeightPath
 
 
 def rules() -> list[Callable[[Config], list[Problem]]]:
     """Every rule of this module."""
-    return [turns_are_taken_in_step, turns_are_taken_on_one_gpu, learner_nodes_are_there]
+    return [turns_are_taken_in_step, turns_are_taken_on_one_gpu, learner_nodes_are_there, changes_go_over_a_network]
 
 
 def turns_are_taken_in_step(cfg: Config) -> list[Problem]:
@@ -69,3 +69,16 @@ def learner_nodes_are_there(cfg: Config) -> list[Problem]:
             )
         )
     return found
+
+
+def changes_go_over_a_network(cfg: Config) -> list[Problem]:
+    """What is not sent over a network is not made smaller."""
+    if not cfg.cluster.weights_delta or cfg.cluster.weights is WeightPath.broadcast:
+        return []
+    return [
+        Problem(
+            f"cluster.weights_delta=true with cluster.weights={cfg.cluster.weights.value}: changes alone are sent by "
+            "broadcast; nothing else would read the setting. Use cluster.weights=broadcast, or "
+            "cluster.weights_delta=false."
+        )
+    ]

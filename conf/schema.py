@@ -1223,6 +1223,9 @@ class ClusterConfig:
     """Shared memory of a Ray started here, beside two versions of the weights."""
     weights: WeightPath = WeightPath.object_store
     """How new weights get to the engines. broadcast and ipc never ran on a GPU yet."""
+    weights_delta: bool = False
+    """broadcast: send what an update has changed, where that is less than half. Costs a copy of the weights at both
+    ends; pays between nodes with a slow network, at small learning rates and 16 bits."""
     weights_timeout_s: float = 60.0
     """broadcast and ipc: longest wait for an engine or a learner process that says nothing; then this version goes by
     the object store."""

@@ -11,6 +11,7 @@ a line breaks, everybody does (`rl.policy.weights`).
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import time
@@ -26,6 +27,7 @@ from torch.distributed import ProcessGroupGloo, Store  # pyright: ignore[reportP
 
 from conf.errors import DamagedWeights, LineBroken
 from conf.schema import WeightPath
+from rollout.deltas import applied, difference
 from rollout.meeting import LOOPBACK, interface_of, meeting_address, meeting_at, open_meeting
 from rollout.shards import Rows, whole_tensors
 
@@ -75,6 +77,8 @@ class Sent:
     """What a learner process tells of a version that it sent."""
 
     size_bytes: int
+    brought_bytes: int
+    """Of them, what went to each engine: less where only changes were sent."""
     broken: str = ""
     """Why the line broke; "" when everybody there took everything."""
 
@@ -88,16 +92,27 @@ class Sender:
         device: where the weights are.
         limit_s: longest wait for all engines to meet, or to take a group.
         host: address of this node at which the engines reach it.
+        delta: broadcast what has changed since the last version, where that is less; needs a copy of the weights.
     """
 
     def __init__(
-        self, path: WeightPath, num_receivers: int, device: torch.device, limit_s: float, host: str = LOOPBACK
+        self,
+        path: WeightPath,
+        num_receivers: int,
+        device: torch.device,
+        limit_s: float,
+        host: str = LOOPBACK,
+        *,
+        delta: bool = False,
     ) -> None:
         self.path, self._num, self._device = path, num_receivers, device
         self._host, self._limit_s = host, limit_s
         self._store = open_meeting(limit_s, host)
         self._carrier: _Carrier | None = None
         self._told: list[str] = []
+        self._keeps_last = delta
+        self._last: dict[int, Tensor] = {}
+        """The bytes of each group that everybody has."""
 
     @property
     def address(self) -> str:
@@ -110,37 +125,55 @@ class Sender:
         It goes through all of them whatever happens: making the groups is a call that the learner's processes make
         together. A line that broke is of no more use: who lets it go tells all that still listen.
         """
-        size, broken = 0, "" if self._num else NOBODY
+        size = brought = 0
+        broken = "" if self._num else NOBODY
         for key in self._told:  # of the last sending, which everybody has read to its end
             self._store.delete_key(key)
         self._told = []
-        numbers = itertools.count()
+        number = 0
         for rows, tensors in groups:
             if broken:
                 continue
-            buffer = _flat(tensors, self._device)
-            size += buffer.numel()
             try:
-                self._give(f"{sending}/{next(numbers)}", rows, [_num_bytes(each) for each in tensors], buffer)
+                buffer = _flat(tensors, self._device)
+                size += buffer.numel()
+                brought += self._give(sending, number, rows, tensors, buffer)
             except RuntimeError as error:
                 broken = _first_line(error)
+            number += 1
         try:
             if not broken:
-                self._tell(f"{sending}/{next(numbers)}", END)
+                self._tell(f"{sending}/{number}", END)
                 self._told += _until_all(self._store, f"{sending}/{END}", self._num, self._limit_s)
         except RuntimeError as error:
             broken = _first_line(error)
-        return Sent(size, "" if broken == NOBODY else broken)
+        return Sent(size, brought, "" if broken == NOBODY else broken)
 
-    def _give(self, key: str, rows: Sequence[Rows], sizes: list[int], buffer: Tensor) -> None:
+    def _give(self, sending: int, number: int, rows: Sequence[Rows], tensors: Sequence[Tensor], buffer: Tensor) -> int:
+        """Returns: how many bytes everybody was brought."""
         if self._carrier is None:
             _until_all(self._store, HERE, self._num, self._limit_s)
             self._carrier = _sending(self.path, self._store, self._num, self._device, self._host, self._limit_s)
-        handle = self._carrier.lay_out(buffer)
-        told = {"rows": [asdict(each) for each in rows], "sizes": sizes, "checksum": checksum_of(buffer)}
-        self._tell(key, json.dumps(told | {"handle": handle}))
-        self._carrier.give(key, buffer)
+        key, last = f"{sending}/{number}", self._last.get(number)
+        delta = None
+        if last is not None and len(last) == len(buffer) > 0:
+            delta = difference(last, buffer, tensors[0].element_size())
+        if self._keeps_last:
+            self._last[number] = buffer
+        brought = buffer if delta is None else delta
+        told = {
+            "rows": [asdict(each) for each in rows],
+            "sizes": [_num_bytes(each) for each in tensors],
+            "checksum": checksum_of(buffer),
+            "bytes": len(brought),
+            "keep": self._keeps_last,
+            "word_bytes": 0 if delta is None else tensors[0].element_size(),
+            "handle": self._carrier.lay_out(brought),
+        }
+        self._tell(key, json.dumps(told))
+        self._carrier.give(key, brought)
         self._told += [f"{key}/{each}" for each in range(self._num)] if self.path is WeightPath.ipc else []
+        return len(brought)
 
     def _tell(self, key: str, value: str) -> None:
         self._store.set(key, value)
@@ -158,42 +191,52 @@ class Receiver:
     def __init__(self, device: torch.device, place: int = 0) -> None:
         self._device, self._place = device, place
         self._heard: tuple[str, ...] = ()
+        self._number = place
         self._lines: list[_HeardLine] = []
 
     def groups(self, offer: Offer) -> Iterator[dict[str, Tensor]]:
-        """Whole tensors by name, group by group, which are the caller's own.
+        """Whole tensors by name, group by group; not to be written to.
 
         Raises: LineBroken; DamagedWeights, once everything has come.
         """
         damaged: DamagedWeights | None = None
         self._join(offer)
-        for number in itertools.count():
-            try:
+        over = False
+        try:
+            for number in itertools.count():
                 parts = [line.take(offer.sending, number) for line in self._lines]
-            except RuntimeError as error:
-                self._heard, self._lines = (), []
-                raise _broken(offer, error) from error
-            if any(part is None for part in parts):
-                break
-            try:
-                tensors = whole_tensors([part.checked() for part in parts if part is not None])
-            except DamagedWeights as error:
-                damaged = damaged or error  # the others at the line wait for this end as well, so it goes on to take
-                continue
-            if damaged is None:
-                yield tensors
-        for line in self._lines:
-            line.has_all(offer.sending)
+                if any(part is None for part in parts):
+                    break
+                try:
+                    tensors = whole_tensors([part.checked() for part in parts if part is not None])
+                except DamagedWeights as error:
+                    damaged = damaged or error  # the others at the line wait for this end too, so it goes on to take
+                    continue
+                if damaged is None:
+                    yield tensors
+            for line in self._lines:
+                line.has_all(offer.sending, damaged=damaged is not None)
+            over = True
+        except RuntimeError as error:
+            raise _broken(offer, error) from error
+        finally:
+            if not over:  # or the learner would wait for this end
+                self._leave()
         if damaged is not None:
             raise damaged
+
+    def _leave(self) -> None:
+        for line in self._lines:
+            with contextlib.suppress(dist.DistError):
+                line.give_up(f"engine process {self._number} could not take the weights")
+        self._heard, self._lines = (), []
 
     def _join(self, offer: Offer) -> None:
         if self._heard == offer.lines:
             return
-        self._heard, self._lines = (), []
-        number = offer.receiver + self._place
+        self._heard, self._lines, self._number = (), [], offer.receiver + self._place
         try:
-            self._lines = [_HeardLine(address, number, offer, self._device) for address in offer.lines]
+            self._lines = [_HeardLine(address, self._number, offer, self._device) for address in offer.lines]
         except RuntimeError as error:
             raise _broken(offer, error) from error
         self._heard = offer.lines
@@ -263,6 +306,8 @@ class _HeardLine:
 
     def __init__(self, address: str, number: int, offer: Offer, device: torch.device) -> None:
         self._number = number
+        self._last: dict[int, Tensor] = {}
+        """The bytes of each group of the last version, where changes to it may come."""
         self._store = meeting_at(address, min(CONNECT_LIMIT_S, offer.limit_s))
         self._store.set_timeout(timedelta(seconds=offer.limit_s))
         self._store.set(f"{HERE}/{number}", "")
@@ -279,11 +324,22 @@ class _HeardLine:
             return None
         found = json.loads(told)
         rows = [Rows(**(each | {"shape": tuple(each["shape"])})) for each in found["rows"]]
-        buffer = self._carrier.take(key, sum(found["sizes"]), found["handle"])
+        buffer = self._carrier.take(key, found["bytes"], found["handle"])
+        if found["word_bytes"]:
+            if number not in self._last:
+                raise RuntimeError("changes came to a version that did not arrive")
+            buffer = applied(self._last[number], buffer, found["word_bytes"])
+        if found["keep"]:
+            self._last[number] = buffer
         return _Part(rows, found["sizes"], found["checksum"], buffer)
 
-    def has_all(self, sending: int) -> None:
+    def has_all(self, sending: int, *, damaged: bool) -> None:
+        if damaged:
+            self._last = {}  # whatever comes next must not build on it
         self._store.set(f"{sending}/{END}/{self._number}", "")
+
+    def give_up(self, why: str) -> None:
+        self._store.set(GIVEN_UP, why)
 
 
 class _Carrier(Protocol):

@@ -110,7 +110,8 @@ class LearnerActor:
     def open_line(self, path: WeightPath, num_receivers: int, host: str) -> str:
         """Make a line to so many engine processes in place of any before; returns its address."""
         limit_s = self._cfg.cluster.weights_timeout_s
-        self._line = Sender(path, num_receivers, self._learner.ranks.device, limit_s, host)
+        device, delta = self._learner.ranks.device, self._cfg.cluster.weights_delta
+        self._line = Sender(path, num_receivers, device, limit_s, host, delta=delta)
         return self._line.address
 
     def send(self, version: int, sending: int) -> Sent:

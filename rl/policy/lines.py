@@ -69,9 +69,10 @@ class Lines:
         if failed is not None:
             raise failed
         # A line by a shared device carries all of the weights, one of several by the network its rows alone.
-        sizes = [each.size_bytes for each in sent]
+        whole = max if self._path is WeightPath.ipc else sum
         return {
-            "weights/bytes": float(max(sizes) if self._path is WeightPath.ipc else sum(sizes)),
+            "weights/bytes": float(whole(each.size_bytes for each in sent)),
+            "weights/brought_bytes": float(whole(each.brought_bytes for each in sent)),
             "weights/load_seconds": max((each.load_seconds for each in arrivals), default=time.monotonic() - started),
         }
 

@@ -249,6 +249,12 @@ def test_cores_that_are_not_there_cannot_be_offered(demo: Change):
     assert "offers Ray more cores than the" in only(demo({"cluster.num_cpus": num_cores() + 1}))
 
 
+def test_changes_alone_are_sent_by_broadcast_and_by_nothing_else(demo: Change):
+    text = only(demo({"cluster.weights_delta": True}))
+    assert "cluster.weights_delta=true with cluster.weights=object_store: changes alone are sent by broadcast" in text
+    assert texts(demo({"cluster.weights_delta": True, "cluster.weights": "broadcast"})) == []
+
+
 def test_a_running_cluster_is_not_judged_by_this_machine(demo: Change):
     assert texts(demo({"rollout.num_workers": 10_000, "cluster.address": "auto"})) == []
 

@@ -168,6 +168,7 @@ def test_a_run_over_several_nodes_of_which_one_goes_and_comes_back_equals_the_ru
         f"cluster.address={nodes.address}",
         "cluster.learner_nodes=2",
         "cluster.weights=broadcast",
+        "cluster.weights_delta=true",
     ]
     with caplog.at_level(logging.INFO):
         found = trained(room, "spread", *spread, meddle=meddle)

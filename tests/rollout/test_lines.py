@@ -48,9 +48,17 @@ def heard(receiver: Receiver, offer: Offer) -> dict[str, Tensor]:
 class Ends:
     """Learner processes with a line each, and engines that hear all of them."""
 
-    def __init__(self, path: WeightPath, num_senders: int = 1, num_receivers: int = 1, limit_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        path: WeightPath,
+        num_senders: int = 1,
+        num_receivers: int = 1,
+        limit_s: float = 20.0,
+        *,
+        delta: bool = False,
+    ) -> None:
         self.pool = ThreadPoolExecutor(num_senders + num_receivers)
-        self.senders = [Sender(path, num_receivers, CPU, limit_s) for _ in range(num_senders)]
+        self.senders = [Sender(path, num_receivers, CPU, limit_s, delta=delta) for _ in range(num_senders)]
         addresses = tuple(each.address for each in self.senders)
         self.offers = [Offer(1, 1, path, addresses, number, num_receivers, limit_s) for number in range(num_receivers)]
         self.receivers = [Receiver(CPU) for _ in range(num_receivers)]
@@ -93,6 +101,44 @@ def test_what_an_engine_got_stays_its_own_when_the_next_group_comes(path: Weight
     groups = [group(rows("a", WEIGHT)), group(rows("b", WEIGHT + 1)), group()]
     _, (found,) = ends.send(1, [groups])
     assert isinstance(found, dict) and torch.equal(found["a"], WEIGHT) and torch.equal(found["b"], WEIGHT + 1)
+
+
+def test_versions_that_change_little_are_sent_as_what_changed_and_arrive_whole():
+    ends = Ends(WeightPath.broadcast, num_senders=2, num_receivers=2, delta=True)
+    weight = torch.randn(40, 10).to(torch.bfloat16)
+    brought = []
+    for sending, num_changed in enumerate((0, 20, 400, 1, 0), start=1):
+        weight = weight.clone()
+        weight.flatten()[torch.randperm(400)[:num_changed]] += 1
+        sent, taken = ends.send(sending, [[group(rows("w", weight, 0, 20))], [group(rows("w", weight, 20, 40))]])
+        assert all(isinstance(found, dict) and torch.equal(found["w"], weight) for found in taken)
+        assert sum(each.size_bytes for each in sent) == 800
+        brought.append(sum(each.brought_bytes for each in sent))
+    # the first has no other before it; 20 of 400 words are 20 * (4 + 2) bytes; all of them are better sent whole
+    assert brought == [800, 120, 800, 6, 0]
+
+
+def test_changes_to_a_version_that_arrived_damaged_break_the_line(monkeypatch: pytest.MonkeyPatch):
+    ends, real = Ends(WeightPath.broadcast, delta=True), checksum_of
+    monkeypatch.setattr(lines, "checksum_of", lambda buffer: str(next(sums)) + real(buffer))
+    sums = iter([1, 2, 3, 3])  # sent and found
+    _, (first,) = ends.send(1, [[group(rows("a", WEIGHT))]])
+    assert isinstance(first, DamagedWeights)
+    sent, (again,) = ends.send(2, [[group(rows("a", WEIGHT))]])
+    assert isinstance(again, LineBroken) and "changes came to a version that did not arrive" in str(again)
+    assert sent[0].broken
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_engine_that_fails_at_loading_is_not_waited_for(path: WeightPath):
+    sender = Sender(path, 1, CPU, 20.0)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(sender.send, 1, [group(rows(name, WEIGHT)) for name in "ab"])
+        taking = Receiver(CPU).groups(Offer(1, 1, path, (sender.address,), 0, 1, 20.0))
+        next(taking)
+        taking.close()
+        sent = sending.result(timeout=10)
+    assert sent.broken == "engine process 0 could not take the weights" or "Connection" in sent.broken
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -141,7 +187,7 @@ def test_a_learner_that_falls_silent_is_not_waited_for_for_ever():
 
 def test_a_learner_process_that_no_engine_hears_still_goes_through_its_groups():
     sender, made = Sender(WeightPath.ipc, 0, CPU, 20.0), []
-    assert sender.send(1, (made.append(each) or group(rows("a", WEIGHT)) for each in range(3))) == Sent(0)
+    assert sender.send(1, (made.append(each) or group(rows("a", WEIGHT)) for each in range(3))) == Sent(0, 0)
     assert made == [0, 1, 2]
 
 
@@ -161,7 +207,7 @@ def test_a_learner_told_that_an_engine_is_gone_waits_no_longer(path: WeightPath,
         if listens:
             meeting_at(sender.address, 20.0).wait(["here/0"])
         give_up(sender.address, "rollout worker 1 was lost")
-        assert sending.result(timeout=10) == Sent(40, "rollout worker 1 was lost")
+        assert sending.result(timeout=10) == Sent(40, 0, "rollout worker 1 was lost")
         del sender, sending
         if taking is not None:
             with pytest.raises(LineBroken):

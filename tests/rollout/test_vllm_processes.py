@@ -78,7 +78,8 @@ def receive(pool: RolloutPool, weights: dict[str, torch.Tensor]) -> None:
         pool.receive_weights(
             lambda members: dict.fromkeys(members, offer), later=lambda: published(weights), lost=pytest.fail
         )
-        assert sent.result() == Sent(sum(each.numel() * 4 for each in weights.values()))
+        size = sum(each.numel() * 4 for each in weights.values())
+        assert sent.result() == Sent(size, size)
 
 
 @pytest.mark.parametrize("straight", [False, True])
