@@ -36,6 +36,7 @@ from conf.schema import (
     SourceConfig,
     TermConfig,
     TrackerMode,
+    WeightPath,
 )
 
 Change = Callable[..., Config]
@@ -252,7 +253,7 @@ def test_cores_that_are_not_there_cannot_be_offered(demo: Change):
 def test_changes_alone_are_sent_by_broadcast_and_by_nothing_else(demo: Change):
     text = only(demo({"cluster.weights_delta": True}))
     assert "cluster.weights_delta=true with cluster.weights=object_store: changes alone are sent by broadcast" in text
-    assert texts(demo({"cluster.weights_delta": True, "cluster.weights": "broadcast"})) == []
+    assert texts(demo({"cluster.weights_delta": True, "cluster.weights": WeightPath.broadcast})) == []
 
 
 def test_a_running_cluster_is_not_judged_by_this_machine(demo: Change):

@@ -127,9 +127,13 @@ def test_a_training_process_says_what_starting_it_again_would_not_mend(calls: Ca
         assert main(["__train", ONE_WORKER]) == code
 
 
-def test_a_reader_who_has_seen_enough_does_not_make_a_run_start_again(calls: Calls):
+def test_a_reader_who_has_seen_enough_does_not_make_a_run_start_again(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     calls.error = BrokenPipeError()
-    assert main(["__train", ONE_WORKER]) == 70
+    with (tmp_path / "out").open("w") as out:  # what a run does to its output must not be done to pytest's
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["__train", ONE_WORKER]) == 70
 
 
 def test_a_bug_keeps_its_traceback(calls: Calls):
