@@ -1219,6 +1219,9 @@ class ClusterConfig:
     as few as hold them, and sets none aside."""
     num_cpus: int = 0
     """Cores offered to Ray; 0 for all."""
+    nodes_timeout_s: float = 600.0
+    """How long a run that goes on (run.resume=true, or started again by itself) waits for room on a joined cluster, for
+    one of its nodes may be coming back."""
     object_store_mib: int = 256
     """Shared memory of a Ray started here, beside two versions of the weights."""
     weights: WeightPath = WeightPath.object_store

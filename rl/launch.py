@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from safetensors import safe_open
 
 from conf.check_machine import DTYPE_BYTES
-from conf.errors import GroveError, WaitTimeout, WorkerLost
+from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost
 from conf.schema import Config, WeightPath
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
@@ -29,13 +30,13 @@ from rl.interrupts import handlers_kept
 from rl.jobs import passed
 from rl.jobs.nodes import require_equal_nodes
 from rl.line_plan import Ends, check_lines
-from rl.placement import Role, node_here, plan
+from rl.placement import Plan, Role, node_here, plan
 from rl.places import Places, check_files, ray_nodes
 from rl.policy.actor import LearnerGroup
 from rl.policy.prm_actor import PrmHandle
 from rl.policy.weights import WeightPublisher
 from rollout.meeting import LOOPBACK
-from rollout.patience import waiting
+from rollout.patience import wait_for, waiting
 from rollout.pool import RolloutPool
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all
@@ -43,6 +44,7 @@ from rollout.waiting import value_of, wait_all
 logger = logging.getLogger(__name__)
 
 CLOSE_LIMIT_S = 10.0
+LOOK_EVERY_S = 1.0
 SERVICE_RESTARTS = 3
 """How often Ray makes a lost reward service anew; it scores the trees again that it had."""
 BUSY_LIMIT_S = 2.0
@@ -166,7 +168,7 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ray(cfg, model_path))
         stack.enter_context(_losses_told())
-        found = plan(cfg, ray_nodes(), with_learner=with_learner)
+        found = _planned(cfg, with_learner=with_learner)
         check_lines(cfg, found)
         logger.info("where the processes go:\n%s", found.table())
         check_files(found, log_dir, model_path)
@@ -201,6 +203,36 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         if prm is not None:
             prm.answer(prm.ready(), "the process reward model to load", cfg.rollout.start_timeout_s)
         yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher, prm)
+
+
+def _planned(cfg: Config, *, with_learner: bool) -> Plan:
+    """The plan of what is free now; a run that goes on gives a cluster's nodes time to come back.
+
+    Raises: ConfigError where something has no room.
+    """
+
+    def planned() -> Plan:
+        return plan(cfg, ray_nodes(), with_learner=with_learner)
+
+    if not (cfg.cluster.address and cfg.run.resume and cfg.cluster.nodes_timeout_s):
+        return planned()
+
+    def come(wait_s: float) -> Plan | None:
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until:
+            with contextlib.suppress(ConfigError):
+                return planned()
+            time.sleep(LOOK_EVERY_S)
+        return None
+
+    try:
+        return planned()
+    except ConfigError as error:
+        logger.warning("waiting up to %g s (cluster.nodes_timeout_s) for room: %s", cfg.cluster.nodes_timeout_s, error)
+    try:
+        return wait_for(come, limit_s=cfg.cluster.nodes_timeout_s, what="room for all processes on the cluster's nodes")
+    except WaitTimeout:
+        return planned()  # or tells what has no room
 
 
 @contextlib.contextmanager

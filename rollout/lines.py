@@ -10,31 +10,26 @@ a line breaks, everybody does (`rl.policy.weights`).
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 import json
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from conf.errors import DamagedWeights, LineBroken
 from conf.schema import WeightPath
+from rollout.carriers import Broadcast, Giver, Mapped, Shared, Taker
 from rollout.deltas import applied, difference
-from rollout.meeting import LOOPBACK, interface_of, meeting_address, meeting_at, open_meeting
+from rollout.meeting import CONNECT_LIMIT_S, GIVEN_UP, LOOPBACK, meeting_address, meeting_at, open_meeting, until_all
 from rollout.shards import Rows, whole_tensors
 
-HERE, END, GIVEN_UP = "here", "end", "given up"
-LOOK_EVERY_S = 0.002
-CONNECT_LIMIT_S = 10.0
-"""A line was there before anybody was told of it."""
+HERE, END = "here", "end"
 NOBODY = "no engine listens"
 CHUNK_WORDS = 2**20
 """Of a checksum at a time: its working memory is three times as much."""
@@ -108,7 +103,7 @@ class Sender:
         self.path, self._num, self._device = path, num_receivers, device
         self._host, self._limit_s = host, limit_s
         self._store = open_meeting(limit_s, host)
-        self._carrier: _Carrier | None = None
+        self._giver: Giver | None = None
         self._told: list[str] = []
         self._keeps_last = delta
         self._last: dict[int, Tensor] = {}
@@ -144,16 +139,15 @@ class Sender:
         try:
             if not broken:
                 self._tell(f"{sending}/{number}", END)
-                self._told += _until_all(self._store, f"{sending}/{END}", self._num, self._limit_s)
+                self._told += until_all(self._store, f"{sending}/{END}", self._num, self._limit_s)
         except RuntimeError as error:
             broken = _first_line(error)
         return Sent(size, brought, "" if broken == NOBODY else broken)
 
     def _give(self, sending: int, number: int, rows: Sequence[Rows], tensors: Sequence[Tensor], buffer: Tensor) -> int:
         """Returns: how many bytes everybody was brought."""
-        if self._carrier is None:
-            _until_all(self._store, HERE, self._num, self._limit_s)
-            self._carrier = _sending(self.path, self._store, self._num, self._device, self._host, self._limit_s)
+        if self._giver is None:
+            self._giver = self._joined()
         key, last = f"{sending}/{number}", self._last.get(number)
         delta = None
         if last is not None and len(last) == len(buffer) > 0:
@@ -168,12 +162,18 @@ class Sender:
             "bytes": len(brought),
             "keep": self._keeps_last,
             "word_bytes": 0 if delta is None else tensors[0].element_size(),
-            "handle": self._carrier.lay_out(brought),
+            "handle": self._giver.lay_out(brought),
         }
         self._tell(key, json.dumps(told))
-        self._carrier.give(key, brought)
+        self._giver.give(key, brought)
         self._told += [f"{key}/{each}" for each in range(self._num)] if self.path is WeightPath.ipc else []
         return len(brought)
+
+    def _joined(self) -> Giver:
+        until_all(self._store, HERE, self._num, self._limit_s)
+        if self.path is WeightPath.ipc:
+            return Shared(self._store, self._num, self._device, self._limit_s)
+        return Broadcast(self._store, 0, self._num + 1, self._device, self._host, self._limit_s)
 
     def _tell(self, key: str, value: str) -> None:
         self._store.set(key, value)
@@ -194,7 +194,7 @@ class Receiver:
         self._number = place
         self._lines: list[_HeardLine] = []
 
-    def groups(self, offer: Offer) -> Iterator[dict[str, Tensor]]:
+    def groups(self, offer: Offer) -> Generator[dict[str, Tensor]]:
         """Whole tensors by name, group by group; not to be written to.
 
         Raises: LineBroken; DamagedWeights, once everything has come.
@@ -240,27 +240,6 @@ class Receiver:
         except RuntimeError as error:
             raise _broken(offer, error) from error
         self._heard = offer.lines
-
-
-def give_up(address: str, why: str) -> None:
-    """Have a learner process wait for nobody at its line any more, since somebody there is gone.
-
-    Raises: torch.distributed.DistError when it does not answer.
-    """
-    meeting_at(address, CONNECT_LIMIT_S).set(GIVEN_UP, why)
-
-
-def _until_all(store: Store, what: str, num: int, limit_s: float) -> list[str]:
-    """Wait until all receivers have said something; returns the keys under which they did."""
-    keys, deadline = [f"{what}/{number}" for number in range(num)], time.monotonic() + limit_s
-    while not store.check(keys):
-        if store.check([GIVEN_UP]):
-            raise RuntimeError(store.get(GIVEN_UP).decode())
-        if time.monotonic() > deadline:
-            silent = sum(not store.check([key]) for key in keys)
-            raise RuntimeError(f"{silent} of {num} engine processes said nothing for {limit_s:g} s")
-        time.sleep(LOOK_EVERY_S)
-    return keys
 
 
 def checksum_of(buffer: Tensor) -> str:
@@ -311,10 +290,10 @@ class _HeardLine:
         self._store = meeting_at(address, min(CONNECT_LIMIT_S, offer.limit_s))
         self._store.set_timeout(timedelta(seconds=offer.limit_s))
         self._store.set(f"{HERE}/{number}", "")
-        self._carrier: _Carrier = (
-            _Mapped(self._store, number, device)
+        self._taker: Taker = (
+            Mapped(self._store, number, device)
             if offer.path is WeightPath.ipc
-            else _Broadcast(self._store, number + 1, offer.num_receivers + 1, device, offer.own_host, offer.limit_s)
+            else Broadcast(self._store, number + 1, offer.num_receivers + 1, device, offer.own_host, offer.limit_s)
         )
 
     def take(self, sending: int, number: int) -> _Part | None:
@@ -324,7 +303,7 @@ class _HeardLine:
             return None
         found = json.loads(told)
         rows = [Rows(**(each | {"shape": tuple(each["shape"])})) for each in found["rows"]]
-        buffer = self._carrier.take(key, found["bytes"], found["handle"])
+        buffer = self._taker.take(key, found["bytes"], found["handle"])
         if found["word_bytes"]:
             if number not in self._last:
                 raise RuntimeError("changes came to a version that did not arrive")
@@ -340,129 +319,6 @@ class _HeardLine:
 
     def give_up(self, why: str) -> None:
         self._store.set(GIVEN_UP, why)
-
-
-class _Carrier(Protocol):
-    """How bytes get from one end to the others."""
-
-    def lay_out(self, buffer: Tensor) -> Any:
-        """What must be told of the buffer before it is given."""
-        ...
-
-    def give(self, key: str, buffer: Tensor) -> None: ...
-
-    def take(self, key: str, num_bytes: int, handle: Any) -> Tensor:
-        """The bytes, in memory of this process's own."""
-        ...
-
-
-def _sending(path: WeightPath, store: Store, num: int, device: torch.device, host: str, limit_s: float) -> _Carrier:
-    if path is WeightPath.ipc:
-        return _Shared(store, num, device, limit_s)
-    return _Broadcast(store, 0, num + 1, device, host, limit_s)
-
-
-class _Broadcast:
-    """A group of processes of its own, apart from those that the learner or an engine is in; the learner's is 0."""
-
-    def __init__(self, store: Store, rank: int, size: int, device: torch.device, host: str, limit_s: float) -> None:
-        self._device, self._limit = device, timedelta(seconds=limit_s)
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            # The wait below ends first and raises; NCCL's own watchdog would end the process.
-            options._timeout = 2 * self._limit
-            self._group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
-        else:
-            options: Any = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-            interface = interface_of(host)
-            named = {"interface": interface} if interface else {"hostname": host}
-            options._devices = [ProcessGroupGloo.create_device(**named)]
-            options._timeout = self._limit
-            self._group = ProcessGroupGloo(store, rank, size, options)
-
-    def lay_out(self, buffer: Tensor) -> None:
-        """Its size says everything."""
-
-    def give(self, key: str, buffer: Tensor) -> None:
-        self._broadcast(buffer)
-
-    def take(self, key: str, num_bytes: int, handle: Any) -> Tensor:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        self._broadcast(buffer)
-        return buffer
-
-    def _broadcast(self, buffer: Tensor) -> None:
-        if buffer.numel():
-            options = dist.BroadcastOptions()
-            options.rootRank, options.rootTensor = 0, 0
-            self._group.broadcast([buffer], options).wait(self._limit)
-
-
-class _Shared:
-    """The learner's end of a buffer that engines on its device map; written anew once all have taken what was there."""
-
-    def __init__(self, store: Store, num: int, device: torch.device, limit_s: float) -> None:
-        self._store, self._num, self._device, self._limit_s = store, num, device, limit_s
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self._handle: list[Any] = []
-
-    def lay_out(self, buffer: Tensor) -> list[Any]:
-        if buffer.numel() > self._buffer.numel():
-            self._buffer = torch.empty_like(buffer)
-            self._handle = _handle_of(self._buffer)
-        self._buffer[: buffer.numel()].copy_(buffer)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return self._handle
-
-    def give(self, key: str, buffer: Tensor) -> None:
-        _until_all(self._store, key, self._num, self._limit_s)
-
-    def take(self, key: str, num_bytes: int, handle: Any) -> Tensor:
-        raise AssertionError("the learner's end takes nothing")
-
-
-class _Mapped:
-    """An engine's end of it."""
-
-    def __init__(self, store: Store, number: int, device: torch.device) -> None:
-        self._store, self._number, self._device = store, number, device
-        self._handle: Any = None
-        self._buffer = torch.empty(0)
-
-    def lay_out(self, buffer: Tensor) -> None:
-        raise AssertionError("an engine's end gives nothing")
-
-    def give(self, key: str, buffer: Tensor) -> None:
-        raise AssertionError("an engine's end gives nothing")
-
-    def take(self, key: str, num_bytes: int, handle: Any) -> Tensor:
-        if handle != self._handle:
-            self._handle, self._buffer = handle, _mapped(handle, self._device)
-        own = self._buffer[:num_bytes].clone()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._store.set(f"{key}/{self._number}", "")
-        return own
-
-
-def _handle_of(buffer: Tensor) -> list[Any]:
-    """What another process maps the buffer by, as JSON has it: nothing that is unpickled."""
-    storage = buffer.untyped_storage()
-    found = storage._share_cuda_() if buffer.is_cuda else storage._share_filename_cpu_()
-    return [{"bytes": base64.b64encode(each).decode()} if isinstance(each, bytes) else each for each in found]
-
-
-def _mapped(handle: list[Any], device: torch.device) -> Tensor:
-    """The memory of another process: of the very device of this one, uint8 [bytes]."""
-    found = [base64.b64decode(each["bytes"]) if isinstance(each, dict) else each for each in handle]
-    if device.type == "cuda":
-        # The first part is the number of the GPU as the other process counts them; here it may have another.
-        found[0] = torch.cuda.current_device() if device.index is None else device.index
-        storage = torch.UntypedStorage._new_shared_cuda(*found)
-    else:
-        storage = torch.UntypedStorage._new_shared_filename_cpu(*found)
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

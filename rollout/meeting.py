@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from datetime import timedelta
 
 import psutil
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 LOOPBACK = "127.0.0.1"
+GIVEN_UP = "given up"
+LOOK_EVERY_S = 0.002
+CONNECT_LIMIT_S = 10.0
+"""Longest wait for a store that was there before anybody was told of it."""
 
 
 def open_meeting(timeout_s: float, host: str = LOOPBACK) -> TCPStore:
@@ -45,6 +50,32 @@ def meeting_at(address: str, timeout_s: float) -> TCPStore:
     host, _, port = address.rpartition(":")
     timeout = timedelta(seconds=timeout_s)
     return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def give_up(address: str, why: str) -> None:
+    """Have whoever waits in `until_all` at this address wait no longer, since somebody is gone.
+
+    Raises: torch.distributed.DistError when it does not answer.
+    """
+    meeting_at(address, CONNECT_LIMIT_S).set(GIVEN_UP, why)
+
+
+def until_all(store: Store, what: str, num: int, limit_s: float) -> list[str]:
+    """Wait until all of `num` processes have said something; returns the keys under which they did.
+
+    Args:
+        what: the keys are `what`/0, `what`/1 ...
+    Raises: RuntimeError when not all did in time, or somebody gave it up.
+    """
+    keys, deadline = [f"{what}/{number}" for number in range(num)], time.monotonic() + limit_s
+    while not store.check(keys):
+        if store.check([GIVEN_UP]):
+            raise RuntimeError(store.get(GIVEN_UP).decode())
+        if time.monotonic() > deadline:
+            silent = sum(not store.check([key]) for key in keys)
+            raise RuntimeError(f"{silent} of {num} processes said nothing for {limit_s:g} s")
+        time.sleep(LOOK_EVERY_S)
+    return keys
 
 
 def interface_of(host: str) -> str | None:

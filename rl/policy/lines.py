@@ -12,7 +12,8 @@ from conf.errors import LineBroken
 from conf.schema import Config, WeightPath
 from rl.line_plan import Ends
 from rl.policy.actor import Calls, LearnerGroup
-from rollout.lines import Offer, Sent, give_up
+from rollout.lines import Offer, Sent
+from rollout.meeting import give_up
 from rollout.pool import RolloutPool
 from rollout.shards import Published
 

@@ -15,9 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 from whole_runs import WARM_START
 from whole_runs import steady_metrics as metrics
 
@@ -176,12 +178,48 @@ def test_a_run_whose_every_part_is_killed_once_equals_the_undisturbed_one(room: 
 
 
 @long
-def test_an_engines_own_process_may_be_killed(room: Path):
+def test_an_engines_own_process_may_be_killed(room: Path, calm: Path):
     settings = ["rollout.engine_processes=true", "rollout.num_workers=1", "run.num_steps=3"]
-    calm = trained(room, "calm engine", *settings)
     stormy = trained(room, "stormy engine", *settings, meanwhile=kill_parts([(1, "engine core")]))
-    assert metrics(stormy) == metrics(calm)
+    assert metrics(stormy) == metrics(calm)[:3]
     assert json.loads((stormy / "summary.json").read_text())["worker_restarts"] == 1
+
+
+@long
+def test_a_learners_node_that_goes_is_waited_for_and_the_run_goes_on_from_its_checkpoint(room: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        # Else every other Ray of this machine would be told that here is the cluster to join.
+        patch.setattr("ray._private.utils.write_ray_address", lambda *_: None)
+        cluster = Cluster()
+        nodes = [add_node(cluster, number) for number in (2, 3)]
+    two_nodes = ["cluster=existing", f"cluster.address={cluster.address}", "cluster.learner_nodes=2"]
+    ranks = ["learner.num_processes=2", "learner.num_threads=1", "rollout.num_workers=2", "run.num_steps=5"]
+    before: list[dict[str, float]] = []
+
+    def take_one_away(run: psutil.Process, folder: Path) -> None:
+        while len(before) < 3:
+            assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE, "the run ended before its node was lost"
+            before[:] = metrics(folder)
+            time.sleep(0.02)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        while "(cluster.nodes_timeout_s) for room" not in (room / "node.log").read_text():
+            assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE, (room / "node.log").read_text()[-4000:]
+            time.sleep(0.1)
+        add_node(cluster, 3)
+
+    try:
+        folder = trained(room, "node", *two_nodes, *ranks, meanwhile=take_one_away)
+    finally:
+        cluster.shutdown()
+    assert len(RunFolder(folder).read_restarts()) == 1
+    # Steps after the last checkpoint, of step 2 or later, were done twice.
+    assert metrics(folder)[: len(before)] == before and len(metrics(folder)) == 5
+
+
+def add_node(cluster: Cluster, number: int) -> Any:
+    """A Ray node of one core, with an address of its own."""
+    kept: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    return cluster.add_node(**kept, node_ip_address=f"127.0.0.{number}")
 
 
 def test_batches_that_grow_ahead_are_never_older_than_allowed_and_survive_a_kill(room: Path):

@@ -17,8 +17,8 @@ from torch import Tensor
 from conf.errors import DamagedWeights, LineBroken
 from conf.schema import WeightPath
 from rollout import lines
-from rollout.lines import Offer, Receiver, Sender, Sent, checksum_of, give_up
-from rollout.meeting import meeting_at
+from rollout.lines import Offer, Receiver, Sender, Sent, checksum_of
+from rollout.meeting import give_up, meeting_at
 from rollout.shards import Rows
 
 CPU = torch.device("cpu")
