@@ -268,6 +268,8 @@ def _losses_told() -> Iterator[None]:
 def _ray(cfg: Config, model_path: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless the user asks for it
     os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 any other work of the machine starves the engines
+    # Ray would start a process for each core ahead; ours have environments of their own, so nobody would take them.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": False}
     with handlers_kept():
         if cfg.cluster.address:

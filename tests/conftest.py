@@ -47,6 +47,7 @@ os.environ.update(
     WANDB_SILENT="true",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_worker_niceness="0",
+    RAY_prestart_worker_first_driver="0",
     VLLM_NO_USAGE_STATS="1",
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
