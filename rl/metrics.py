@@ -224,7 +224,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/path_tokens", "tokens that separate trajectories would have computed", "this step"),
     Metric("weights/sync_seconds", "time to bring new weights to the engines", "this step", Better.lower),
     Metric("weights/bytes", "size of a version of the weights as engines take it", "all learner processes"),
-    Metric("weights/brought_bytes", "of them, what each engine was sent over lines", "all learner processes"),
+    Metric("weights/brought_bytes", "of them, what each engine was sent", "all learner processes"),
     Metric("weights/lay_out_seconds", "time to copy and checksum the weights", "slowest learner process", Better.lower),
     Metric("weights/fetch_seconds", "waiting for weights and checking them", "slowest engine", Better.lower),
     Metric("weights/load_seconds", "making tensors whole and loading them", "slowest engine", Better.lower),

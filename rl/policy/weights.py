@@ -89,6 +89,7 @@ class WeightPublisher:
         arrivals = self._pool.load_weights(published)
         return {
             "weights/bytes": float(published.size_bytes),
+            "weights/brought_bytes": float(published.size_bytes),
             "weights/lay_out_seconds": lay_out_seconds,
             "weights/fetch_seconds": max((each.fetch_seconds for each in arrivals), default=0.0),
             "weights/load_seconds": max((each.load_seconds for each in arrivals), default=0.0),

@@ -223,7 +223,7 @@ def add_node(cluster: Cluster, number: int) -> Any:
 
 
 def test_batches_that_grow_ahead_are_never_older_than_allowed_and_survive_a_kill(room: Path):
-    steps = min(STEPS, 20)
+    steps = 20 if STEPS >= 20 else 5
     folder = trained(room, "ahead", "rollout.max_staleness=1", f"run.num_steps={steps}", meanwhile=kill_workers)
     rows = [row for row in metrics(folder) if "rollout/staleness_max" in row]
     assert len(rows) == steps

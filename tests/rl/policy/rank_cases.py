@@ -294,14 +294,16 @@ def pieces(module: TreePolicy, ranks: Ranks, lora: LoraConfig | None = None) -> 
     """What this rank gives to the engines in small groups, and all weights beside it."""
     shard(module, ranks, torch.float32, offload=False)
     cfg = Config(model=ModelConfig(dtype="bfloat16", lora=lora or LoraConfig()))
-    found = [
-        [
-            (each.name, each.dtype, list(each.shape), each.start, torch.from_numpy(as_bytes(tensor).copy()))
-            for each, tensor in zip(rows, tensors, strict=True)
+    found = {}
+    for name, whole in (("pieces", False), ("whole", True)):
+        found[name] = [
+            [
+                (each.name, each.dtype, list(each.shape), each.start, torch.from_numpy(as_bytes(tensor).copy()))
+                for each, tensor in zip(rows, tensors, strict=True)
+            ]
+            for rows, tensors in policy_pieces(module, cfg, ranks, group_bytes=2000, whole=whole)
         ]
-        for rows, tensors in policy_pieces(module, cfg, ranks, group_bytes=2000)
-    ]
-    return {"pieces": found, "weights": full_weights(module)}
+    return {**found, "weights": full_weights(module)}
 
 
 def published(ranks: Ranks) -> Any:

@@ -282,13 +282,13 @@ def test_a_gpu_computes_with_weights_and_moments_that_wait_in_the_hosts_memory(t
     assert_close(found[1], found[0], share=0.1)
 
 
-def engine_weights(of_rank: list[Any]) -> dict[str, Tensor]:
-    """What engines make of the pieces of all ranks."""
+def engine_weights(of_rank: list[Any], of: str = "pieces") -> dict[str, Tensor]:
+    """What engines make of the pieces of these ranks."""
     parts = [
         [
             ([Rows(name, dtype, tuple(shape), start) for name, dtype, shape, start, _ in group],
-             [array.numpy() for *_, array in group])
-            for group in found["pieces"]
+             [array for *_, array in group])
+            for group in found[of]
         ]
         for found in of_rank
     ]  # fmt: skip
@@ -312,10 +312,12 @@ def test_the_pieces_of_two_ranks_make_the_weights_of_one_process(
     alone = module()
     whole = plain_weights({name: each.detach() for name, each in alone.named_parameters()}, lora)
     wanted = revert_weight_conversion(base_causal_lm(alone.model), whole)
-    found = engine_weights(of_two_ranks[case])
-    assert found.keys() == wanted.keys() and "lm_head.weight" not in found
-    for name, weight in wanted.items():
-        assert torch.equal(found[name], weight.to(torch.bfloat16)), name
+    of_all = engine_weights(of_two_ranks[case])
+    of_one = [engine_weights([each], "whole") for each in of_two_ranks[case]]  # for engines that hear one rank alone
+    for found in (of_all, *of_one):
+        assert found.keys() == wanted.keys() and "lm_head.weight" not in found
+        for name, weight in wanted.items():
+            assert torch.equal(found[name], weight.to(torch.bfloat16)), name
 
 
 @pytest.mark.slow
