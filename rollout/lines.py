@@ -2,7 +2,8 @@
 
 Every learner process has a line, at which engine processes listen. It says in a small store what comes next, then
 brings it: by a broadcast (NCCL between GPUs, gloo between CPUs), or by a buffer that both processes map (CUDA IPC on
-one GPU, shared memory on CPUs of one node). A group of tensors goes at a time, so neither side holds a second model.
+one GPU, shared memory on CPUs of one node). A group of tensors goes at a time, so neither side holds a second model,
+unless changes alone are to be sent.
 
 A line is for those who were there when it was made. Who comes later gets its weights from the object store, and where
 a line breaks, everybody does (`rl.policy.weights`).
@@ -30,7 +31,6 @@ from rollout.meeting import CONNECT_LIMIT_S, GIVEN_UP, LOOPBACK, meeting_address
 from rollout.shards import Rows, whole_tensors
 
 HERE, END = "here", "end"
-NOBODY = "no engine listens"
 CHUNK_WORDS = 2**20
 """Of a checksum at a time: its working memory is three times as much."""
 
@@ -120,14 +120,13 @@ class Sender:
         It goes through all of them whatever happens: making the groups is a call that the learner's processes make
         together. A line that broke is of no more use: who lets it go tells all that still listen.
         """
-        size = brought = 0
-        broken = "" if self._num else NOBODY
+        size, brought, broken = 0, 0, ""
         for key in self._told:  # of the last sending, which everybody has read to its end
             self._store.delete_key(key)
         self._told = []
         number = 0
         for rows, tensors in groups:
-            if broken:
+            if broken or not self._num:
                 continue
             try:
                 buffer = _flat(tensors, self._device)
@@ -137,12 +136,12 @@ class Sender:
                 broken = _first_line(error)
             number += 1
         try:
-            if not broken:
+            if self._num and not broken:
                 self._tell(f"{sending}/{number}", END)
                 self._told += until_all(self._store, f"{sending}/{END}", self._num, self._limit_s)
         except RuntimeError as error:
             broken = _first_line(error)
-        return Sent(size, brought, "" if broken == NOBODY else broken)
+        return Sent(size, brought, broken)
 
     def _give(self, sending: int, number: int, rows: Sequence[Rows], tensors: Sequence[Tensor], buffer: Tensor) -> int:
         """Returns: how many bytes everybody was brought."""
