@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from rollout.meeting import interface_of, until_all
+from rollout.meeting import interface_of, until, until_all
 
 GROUP = "group"
 """What the group's own keys begin with, in a store that it shares with who uses it."""
@@ -41,18 +41,18 @@ class Broadcast:
     """A group of processes of its own, apart from those that the learner or an engine is in; the learner's is 0."""
 
     def __init__(self, store: Store, rank: int, size: int, device: torch.device, host: str, limit_s: float) -> None:
-        self._device, self._limit = device, timedelta(seconds=limit_s)
+        self._store, self._device, self._limit_s = store, device, limit_s
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             # The wait below ends first and raises; NCCL's own watchdog would end the process.
-            options._timeout = 2 * self._limit
+            options._timeout = timedelta(seconds=2 * limit_s)
             self._group: Any = dist.ProcessGroupNCCL(PrefixStore(GROUP, store), rank, size, options)
         else:
             options: Any = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
             interface = interface_of(host)
             named = {"interface": interface} if interface else {"hostname": host}
             options._devices = [ProcessGroupGloo.create_device(**named)]
-            options._timeout = self._limit
+            options._timeout = timedelta(seconds=limit_s)
             self._group = ProcessGroupGloo(PrefixStore(GROUP, store), rank, size, options)
 
     def lay_out(self, buffer: Tensor) -> None:
@@ -72,7 +72,13 @@ class Broadcast:
         if buffer.numel():
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = 0, 0
-            self._group.broadcast([buffer], options).wait(self._limit)
+            work = self._group.broadcast([buffer], options)
+            try:
+                until(self._store, work.is_completed, lambda: "a broadcast did not end", self._limit_s)
+            except RuntimeError:
+                self._group.abort()  # NCCL learns of no dead process by itself, and would keep its GPU busy
+                raise
+            work.wait()
 
 
 class Shared:

@@ -249,7 +249,8 @@ def checksum_of(buffer: Tensor) -> str:
     Args:
         buffer: uint8 [bytes].
     """
-    words_W = torch.nn.functional.pad(buffer, (0, -buffer.numel() % 8)).view(torch.int64)
+    missing = -buffer.numel() % 8
+    words_W = (torch.nn.functional.pad(buffer, (0, missing)) if missing else buffer).view(torch.int64)
     plain = weighted = torch.zeros((), dtype=torch.int64, device=buffer.device)
     for number, words_C in enumerate(words_W.split(CHUNK_WORDS)):
         start = 1 + number * CHUNK_WORDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import psutil
@@ -53,7 +54,7 @@ def meeting_at(address: str, timeout_s: float) -> TCPStore:
 
 
 def give_up(address: str, why: str) -> None:
-    """Have whoever waits in `until_all` at this address wait no longer, since somebody is gone.
+    """Have whoever waits in `until` at this address wait no longer, since somebody is gone.
 
     Raises: torch.distributed.DistError when it does not answer.
     """
@@ -67,15 +68,29 @@ def until_all(store: Store, what: str, num: int, limit_s: float) -> list[str]:
         what: the keys are `what`/0, `what`/1 ...
     Raises: RuntimeError when not all did in time, or somebody gave it up.
     """
-    keys, deadline = [f"{what}/{number}" for number in range(num)], time.monotonic() + limit_s
-    while not store.check(keys):
+    keys = [f"{what}/{number}" for number in range(num)]
+
+    def silent() -> str:
+        return f"{sum(not store.check([key]) for key in keys)} of {num} processes said nothing"
+
+    until(store, lambda: store.check(keys), silent, limit_s)
+    return keys
+
+
+def until(store: Store, done: Callable[[], bool], undone: Callable[[], str], limit_s: float) -> None:
+    """Wait until it is done.
+
+    Args:
+        undone: what to say when it is not done in time.
+    Raises: RuntimeError when it was not done in time, or somebody gave it up.
+    """
+    deadline = time.monotonic() + limit_s
+    while not done():
         if store.check([GIVEN_UP]):
             raise RuntimeError(store.get(GIVEN_UP).decode())
         if time.monotonic() > deadline:
-            silent = sum(not store.check([key]) for key in keys)
-            raise RuntimeError(f"{silent} of {num} processes said nothing for {limit_s:g} s")
+            raise RuntimeError(f"{undone()} for {limit_s:g} s")
         time.sleep(LOOK_EVERY_S)
-    return keys
 
 
 def interface_of(host: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib.util
 import os
 import shutil
@@ -120,7 +121,7 @@ PROCESSES_OF_THEIR_OWN = ("ray", "vllm", "slow")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run: `gpu` without a CUDA device, `vllm` where vLLM is not installed.
+    """Skip what this machine cannot run: `gpu` without as many CUDA devices, `vllm` where vLLM is not installed.
 
     With `pytest -n 2 --dist loadgroup --no-loadscope-reorder` the tests that start no process come first, one by one;
     the others follow in modules, longest first, so that neither test process ends long before the other.
@@ -129,10 +130,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _starts_processes(item):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    marked_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if marked_gpu and not _has_cuda():
-        for item in marked_gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        wanted = _num_gpus(item)
+        if wanted and _num_cuda_devices() < wanted:
+            item.add_marker(pytest.mark.skip(reason=f"needs {wanted} CUDA device{'s' * (wanted > 1)}"))
     if importlib.util.find_spec("vllm") is None:
         for item in items:
             if item.get_closest_marker("vllm"):
@@ -149,7 +150,13 @@ def _turn(item: pytest.Item) -> int:
     return 1 + (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-def _has_cuda() -> bool:
+def _num_gpus(item: pytest.Item) -> int:
+    """How many GPUs a test needs: `gpu` is one, `gpu(2)` two."""
+    return max((marker.args[0] if marker.args else 1 for marker in item.iter_markers("gpu")), default=0)
+
+
+@functools.cache
+def _num_cuda_devices() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()

@@ -117,6 +117,22 @@ def test_engines_that_take_turns_with_the_learner_and_map_its_memory_change_no_b
     assert log.count("sleep mode is not supported on CPU") == 3 * STEPS, "asleep, weights awake, cache awake"
 
 
+ON_GPUS = [
+    pytest.param(["cluster=one_gpu", "cluster.weights=ipc"], id="one GPU, CUDA IPC", marks=pytest.mark.gpu),
+    pytest.param(["cluster=one_gpu"], id="one GPU, object store", marks=pytest.mark.gpu),
+    pytest.param(["cluster=split", "cluster.weights=broadcast"], id="two GPUs, NCCL", marks=pytest.mark.gpu(2)),
+]
+
+
+@pytest.mark.parametrize("overrides", ON_GPUS)
+def test_on_gpus_engines_sample_from_the_weights_that_came(room: Path, overrides: list[str]):
+    found = trained(room, "-".join(overrides), "learner.num_processes=1", "rollout.num_workers=1", *overrides)
+    straight = any(each.startswith("cluster.weights=") for each in overrides)
+    assert found["by_store"] == [not straight] * STEPS
+    gaps = [row["weights/canary_gap_nats"] for row in found["metrics"]]
+    assert all(gap <= compose(SMALL).learner.canary_max_logprob_gap for gap in gaps), gaps
+
+
 class Nodes:
     """A Ray cluster on this machine: node a carries the driver."""
 
