@@ -15,9 +15,12 @@ from conf.errors import CheckpointError, ConfigError
 from conf.schema import Config, ExpanderKind, Level, RolloutConfig
 from rewards.base import build_sources
 from rl import checkpoint
+from rl.checkpoint import Checkpoint
 from rl.estimates import AnswerKey, Evaluation, chosen_by, default_ks, evaluation_of, numeric_key, text_key
 from rl.launch import Parts, launched
+from rl.model import resolve_model
 from rl.outcomes import PromptOutcome, prompt_outcomes, write_outcomes
+from rl.placement import LEARNING, Role
 from rl.policy.written import MODEL
 from rl.prm import prm_scored
 from rl.run_folder import RunFolder, route_logs
@@ -120,13 +123,15 @@ def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str
         config_dir: the user's own groups, for a model folder.
     Raises: ConfigError, CheckpointError when there is nothing to evaluate; what an evaluation raises.
     """
-    cfg, default_out = _evaluation_config(Path(path), overrides, config_dir)
+    subject = _subject(Path(path), overrides, config_dir)
+    cfg = subject.cfg
     require_runnable(cfg)
-    if chooses_by_own_prm(cfg):
+    with_prm = chooses_by_own_prm(cfg)
+    if with_prm and subject.checkpoint is None:
         raise ConfigError(
-            f"run.eval_score={cfg.run.eval_score} is the process reward model that the run trains beside the policy, "
-            "and an evaluation by itself has none. Choose by another source with --score, or evaluate while the run "
-            "trains (run.eval_every_steps)."
+            f"run.eval_score={cfg.run.eval_score} is the process reward model that a run trains beside its policy, "
+            f'and "{path}" is the folder of a policy alone. Give the folder of the run, or choose by another source '
+            "with --score."
         )
     started = time.monotonic()
     from transformers import AutoTokenizer
@@ -135,11 +140,13 @@ def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str
     with tempfile.TemporaryDirectory(prefix="grove-eval-") as logs:
         put_back = route_logs(Path(logs))
         try:
-            with launched(cfg, cfg.model.path, Path(logs), with_learner=False) as parts:
-                outcomes = evaluate(cfg, parts, source)
+            nobody = LEARNING - {Role.prm} if with_prm else LEARNING
+            prm_path = resolve_model(subject.trained, lambda *_: None) if with_prm else ""
+            with launched(cfg, cfg.model.path, Path(logs), without=nobody, prm_path=prm_path) as parts:
+                outcomes = evaluate(cfg, parts, source, _restored(parts, subject.checkpoint))
         finally:
             put_back()
-    written = Path(out) if out else default_out
+    written = Path(out) if out else subject.out
     if written is not None:
         write_outcomes(written, outcomes)
     return Evaluated(
@@ -151,9 +158,32 @@ def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str
     )
 
 
-def _evaluation_config(path: Path, overrides: list[str], config_dir: str) -> tuple[Config, Path | None]:
-    """The settings to evaluate with, and where outcomes go; run.dir is moved aside so that nothing is overwritten."""
-    out = None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Subject:
+    """What is evaluated by itself."""
+
+    cfg: Config
+    """Its run.dir is moved aside so that nothing is overwritten, and its model is the one that is evaluated."""
+    trained: Config
+    """As the run was trained."""
+    checkpoint: Checkpoint | None
+    """None for a model folder."""
+    out: Path | None
+    """Where outcomes go."""
+
+
+def _restored(parts: Parts, found: Checkpoint | None) -> int:
+    """Bring a process reward model that is there to a checkpoint. Returns: the checkpoint's step; 0 for none."""
+    if found is None:
+        return 0
+    if parts.prm is not None:
+        call = parts.prm.load(found.path.resolve())
+        parts.prm.answer(call, "the process reward model to load its checkpoint")
+    return found.step
+
+
+def _subject(path: Path, overrides: list[str], config_dir: str) -> _Subject:
+    newest = out = None
     if (path / "config.json").is_file():
         cfg, model = compose(overrides, config_dir), path
     elif RunFolder(path).config.is_file():
@@ -174,7 +204,8 @@ def _evaluation_config(path: Path, overrides: list[str], config_dir: str) -> tup
     if not cfg.run.eval_prompts:
         raise ConfigError("run.eval_prompts=0 evaluates nothing: give --prompts, e.g. --prompts 256.")
     run = replace(cfg.run, dir=str(path / "evaluation"), resume=False)
-    return replace(cfg, run=run, model=replace(cfg.model, path=str(model.resolve()))), out
+    its = replace(cfg, run=run, model=replace(cfg.model, path=str(model.resolve())))
+    return _Subject(cfg=its, trained=cfg, checkpoint=newest, out=out)
 
 
 def evaluation_json(done: Evaluated) -> dict[str, Any]:

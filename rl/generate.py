@@ -20,6 +20,7 @@ from rl.batch_metrics import reward_metrics, rollout_metrics
 from rl.export import write_export
 from rl.launch import Parts, launched
 from rl.model import resolve_model
+from rl.placement import LEARNING
 from rl.record import RecordedTree, read_trees, write_records
 from rl.run_folder import RunFolder, route_logs, settings
 from rollout.data import PromptSource, build_prompt_source
@@ -66,7 +67,7 @@ def generate(
     started, generated = time.monotonic(), 0
     try:
         if missing:
-            with launched(cfg, model_path, folder.logs, with_learner=False) as parts, _bar(console) as bar:
+            with launched(cfg, model_path, folder.logs, without=LEARNING) as parts, _bar(console) as bar:
                 route_logs(folder.logs)
                 task = bar.add_task("trees", total=num_prompts, completed=_count(batches, missing), rate="")
                 for number in missing:

@@ -157,18 +157,23 @@ def write_ray_timeline(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool = True) -> Iterator[Parts]:
+def launched(
+    cfg: Config, model_path: str, log_dir: Path, *, without: Collection[Role] = (), prm_path: str = ""
+) -> Iterator[Parts]:
     """Ray, the reward service, the learner and the rollout workers; all stopped on the way out.
 
+    Args:
+        without: roles that nobody has, such as the learner's in an evaluation.
+        prm_path: weights that the run's own process reward model began with, where they are not the policy's.
     Raises: ConfigError, WaitTimeout, WorkerLost when a part does not come up or is lost for good.
     """
     if not cfg.cluster.address:
         # What has no room is told before Ray is started.
-        check_lines(cfg, plan(cfg, [node_here(cfg)], with_learner=with_learner))
+        check_lines(cfg, plan(cfg, [node_here(cfg)], without=without))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ray(cfg, model_path))
         stack.enter_context(_losses_told())
-        found = _planned(cfg, with_learner=with_learner)
+        found = _planned(cfg, without)
         check_lines(cfg, found)
         logger.info("where the processes go:\n%s", found.table())
         check_files(found, log_dir, model_path)
@@ -183,12 +188,12 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         reward_actor = RewardActor.options(**options).remote(cfg.rewards, None, reward_log, models, cache)
         stack.callback(_close_actor, reward_actor, "the reward service")
         learner = prm = None
-        if with_learner:
+        if Role.learner not in without:
             host = found.learner_address() or LOOPBACK
             learner = LearnerGroup(cfg, model_path, log_dir, places=places.of_role(Role.learner), host=host)
             stack.callback(learner.close)
         for place in places.of_role(Role.prm):
-            prm = PrmHandle(cfg, model_path, log_dir, place=place)
+            prm = PrmHandle(cfg, prm_path or model_path, log_dir, place=place)
             stack.callback(prm.close)
         wait_all([reward_actor.ping.remote()], limit_s=cfg.rollout.start_timeout_s, what="the reward service to start")
         judge = reward_actor if cfg.rollout.judge else None
@@ -205,14 +210,14 @@ def launched(cfg: Config, model_path: str, log_dir: Path, *, with_learner: bool 
         yield Parts(pool, Scoring(cfg, reward_actor, pool), learner, publisher, prm)
 
 
-def _planned(cfg: Config, *, with_learner: bool) -> Plan:
+def _planned(cfg: Config, without: Collection[Role] = ()) -> Plan:
     """The plan of what is free now; a run that goes on gives a cluster's nodes time to come back.
 
     Raises: ConfigError where something has no room.
     """
 
     def planned() -> Plan:
-        return plan(cfg, ray_nodes(), with_learner=with_learner)
+        return plan(cfg, ray_nodes(), without=without)
 
     if not (cfg.cluster.address and cfg.run.resume and cfg.cluster.nodes_timeout_s):
         return planned()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -20,6 +20,10 @@ class Role(Enum):
     prm = "process reward model"
     model = "reward model"
     worker = "rollout worker"
+
+
+LEARNING = frozenset({Role.learner, Role.prm})
+"""Roles of who learns: nobody has them in what only samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def node_here(cfg: Config) -> Node:
     return Node("here", "127.0.0.1", cfg.cluster.num_cpus or num_cores(), num_gpus(), is_driver=True)
 
 
-def plan(cfg: Config, nodes: Sequence[Node], *, with_learner: bool = True) -> Plan:
+def plan(cfg: Config, nodes: Sequence[Node], *, without: Collection[Role] = ()) -> Plan:
     """The place of every process.
 
     Workers are spread over all nodes that have room, one after the other; the learner's processes are kept together,
@@ -114,14 +118,14 @@ def plan(cfg: Config, nodes: Sequence[Node], *, with_learner: bool = True) -> Pl
 
     Args:
         nodes: what is free; one of them is the driver's.
-        with_learner: False for what only samples.
+        without: roles that nobody has, such as the learner's in what only samples.
     Raises: ConfigError where something has no room, with what is there and what is needed.
     """
     nodes = sorted(nodes, key=lambda node: not node.is_driver)
     on_gpus = any(node.num_gpus for node in nodes)
-    wanted = _processes(cfg, on_gpus=on_gpus, with_learner=with_learner)
+    wanted = [each for each in _processes(cfg, on_gpus=on_gpus) if each.role not in without]
     placement = cfg.cluster.placement
-    sleeps = placement is Placement.time_share and with_learner
+    sleeps = placement is Placement.time_share and Role.learner not in without
     share = cfg.rollout.gpu_memory_share
     if not on_gpus:
         placed, parts = _apart(cfg, nodes, wanted), 1
@@ -161,7 +165,7 @@ def moved(found: Plan, process: Process, nodes: Sequence[Node]) -> Plan | None:
     return replace(found, nodes=tuple(known.values()), processes=tuple(kept))
 
 
-def _processes(cfg: Config, *, on_gpus: bool, with_learner: bool) -> list[Process]:
+def _processes(cfg: Config, *, on_gpus: bool) -> list[Process]:
     """Every process with what it needs for itself, in the order they are given their place."""
     asked = {source.model for source in cfg.rewards.sources.values()}
     models = {
@@ -170,11 +174,10 @@ def _processes(cfg: Config, *, on_gpus: bool, with_learner: bool) -> list[Proces
         if model.kind is not ModelKind.endpoint and name in asked
     }
     threads = 0 if on_gpus or cfg.cluster.placement is not Placement.split else cfg.learner.num_threads
-    ranks = range(cfg.learner.num_processes) if with_learner else ()
     return [
         Process(Role.rewards, "", 0, 0),
-        *(Process(Role.learner, str(rank), threads, on_gpus) for rank in ranks),
-        *([Process(Role.prm, "", 0, on_gpus)] if with_learner and has_prm(cfg) else []),
+        *(Process(Role.learner, str(rank), threads, on_gpus) for rank in range(cfg.learner.num_processes)),
+        *([Process(Role.prm, "", 0, on_gpus)] if has_prm(cfg) else []),
         *(Process(Role.model, name, 0, on_gpus * model.tensor_parallel_size) for name, model in models.items()),
         *(
             Process(Role.worker, str(number), 1, on_gpus * cfg.rollout.tensor_parallel_size)

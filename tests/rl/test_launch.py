@@ -32,7 +32,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[Node]]:
 
 def test_a_run_that_goes_on_waits_for_the_node_that_it_lost(seen: list[list[Node]], caplog: pytest.LogCaptureFixture):
     seen += [machines((1, 0)), machines((1, 0)), machines((1, 0), (1, 0))]
-    found = _planned(joined(resume=True, timeout_s=20.0), with_learner=True)
+    found = _planned(joined(resume=True, timeout_s=20.0))
     assert [each.node for each in found.of(Role.worker)] == ["a", "b"]
     assert "waiting up to 20 s (cluster.nodes_timeout_s) for room: cluster.placement=auto is impossible" in caplog.text
 
@@ -40,14 +40,14 @@ def test_a_run_that_goes_on_waits_for_the_node_that_it_lost(seen: list[list[Node
 def test_a_run_that_goes_on_and_has_room_waits_for_nobody(seen: list[list[Node]], caplog: pytest.LogCaptureFixture):
     seen += [machines((2, 0))]
     with caplog.at_level(logging.INFO):
-        _planned(joined(resume=True, timeout_s=20.0), with_learner=True)
+        _planned(joined(resume=True, timeout_s=20.0))
     assert caplog.text == ""
 
 
 def test_a_node_that_never_comes_is_told_with_what_has_no_room(seen: list[list[Node]]):
     seen += [machines((1, 0))]
     with pytest.raises(ConfigError, match=r"no node has room left for rollout worker 1"):
-        _planned(joined(resume=True, timeout_s=0.2), with_learner=True)
+        _planned(joined(resume=True, timeout_s=0.2))
 
 
 @pytest.mark.parametrize(("resume", "timeout_s"), [(False, 20.0), (True, 0.0)])
@@ -56,4 +56,4 @@ def test_a_new_run_and_one_that_shall_not_wait_are_refused_at_once(
 ):
     seen += [machines((1, 0)), machines((2, 0))]
     with pytest.raises(ConfigError, match="impossible here"):
-        _planned(joined(resume=resume, timeout_s=timeout_s), with_learner=True)
+        _planned(joined(resume=resume, timeout_s=timeout_s))

@@ -8,7 +8,7 @@ from test_placement import config, machines
 from conf.errors import ConfigError
 from conf.schema import Config, Placement, WeightPath
 from rl.line_plan import Ends, check_lines, ranks_beside
-from rl.placement import Plan, Role, plan
+from rl.placement import LEARNING, Plan, Role, plan
 
 
 def heard(found: Plan, path: WeightPath) -> list[tuple[int, ...]]:
@@ -75,7 +75,7 @@ def test_nccl_between_two_processes_of_one_gpu_is_refused():
 def test_what_fits_is_accepted(path: WeightPath):
     cfg = choosing(config(2), path)
     check_lines(cfg, plan(cfg, machines((4, 0))))
-    check_lines(cfg, plan(cfg, machines((4, 0)), with_learner=False))
+    check_lines(cfg, plan(cfg, machines((4, 0)), without=LEARNING))
 
 
 def test_the_object_store_fits_any_plan():

@@ -18,7 +18,7 @@ from whole_runs import WARM_START
 from whole_runs import steady_metrics as metrics
 
 from rewards.types import ScoreStatus
-from rl.outcomes import read_outcomes
+from rl.outcomes import Sample, read_outcomes
 from rl.record import RecordedTree, read_trees
 from rollout.tree import ROOT
 
@@ -71,6 +71,10 @@ def recorded(folder: Path, step: int) -> list[RecordedTree]:
     return read_trees(folder / "trees" / f"step_{step:06d}.jsonl.gz")
 
 
+def samples_of(outcomes: Path) -> list[Sample]:
+    return [sample for outcome in read_outcomes(outcomes) for sample in outcome.samples]
+
+
 def prm_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / f"step_{step:06d}" / "prm" / "rank0.safetensors")
 
@@ -104,9 +108,15 @@ def test_a_model_of_progress_feeds_the_critics_rewards(room: Path, tmp_path: Pat
     assert second["reward/contribution_mean"] != 0
     assert second["prm/loss"] < 1
     assert metrics(folder)[-1].keys() >= {"eval/best_of_2_share", "eval/weighted_vote_share"}
-    samples = [sample for outcome in read_outcomes(folder / "eval" / "step_000002.jsonl") for sample in outcome.samples]
+    samples = samples_of(folder / "eval" / "step_000002.jsonl")
     assert len(samples) == 16 * 2 and all(None not in sample.step_scores["contribution"] for sample in samples)
-    assert "is the process reward model that the run trains" in refused("eval", str(folder))
+    grove("eval", str(folder))  # by itself it has the model as the checkpoint has it
+    alone = samples_of(folder / "eval" / "alone_000002.jsonl")
+    assert [sample.answer for sample in alone] == [sample.answer for sample in samples]
+    for mine, its in zip(alone, samples, strict=True):
+        assert mine.step_scores["contribution"] == pytest.approx(its.step_scores["contribution"], abs=1e-5)
+    only_policy = str(folder / "checkpoints" / "step_000002" / "model")
+    assert "is the folder of a policy alone" in refused("eval", only_policy, *spa, *taught, *chosen)
 
 
 def test_judges_models_and_rollouts_score_one_run_that_a_breaking_endpoint_does_not_stop(room: Path, tmp_path: Path):
