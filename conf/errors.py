@@ -69,3 +69,17 @@ class DiskFull(CheckpointError):
 
 class LaunchError(GroveError, RuntimeError):
     """A place that runs jobs refused one, lost it, or does not answer."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What one says that carries its traceback, as an actor's does."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import CheckpointError, DiskFull
+from conf.errors import CheckpointError, DiskFull, last_line
 from rl.disk import is_full
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def _not_written(root: Path, step: int, written_bytes: int, error: Exception) ->
     else:
         needed = f"at least {max(_size_bytes(last.path), written_bytes):,} bytes are needed"
         survivor = f"The last good checkpoint is untouched: {last.path} (step {last.step}); run.resume=true uses it."
-    why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # one from an actor carries its traceback
+    why = last_line(error)
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
     kind = DiskFull if is_full(error) else CheckpointError
     return kind(

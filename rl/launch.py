@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from safetensors import safe_open
 
 from conf.check_machine import DTYPE_BYTES
-from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost
+from conf.errors import ConfigError, GroveError, WaitTimeout, WorkerLost, first_line
 from conf.schema import Config, WeightPath
 from rewards.actor import RewardActor
 from rewards.arguments import ENGINE
@@ -265,8 +265,9 @@ def _losses_told() -> Iterator[None]:
     except RayError as error:
         if isinstance(error, RayTaskError):
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WorkerLost(f"a process of the run is gone ({first_line}): the run cannot go on without it.") from error
+        raise WorkerLost(
+            f"a process of the run is gone ({first_line(error)}): the run cannot go on without it."
+        ) from error
 
 
 @contextlib.contextmanager

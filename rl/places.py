@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from conf.errors import ConfigError, WaitTimeout
+from conf.errors import ConfigError, WaitTimeout, last_line
 from rl.placement import Node, Plan, Process, Role, moved
 from rollout.waiting import wait_all
 
@@ -138,7 +138,7 @@ def check_files(plan: Plan, log_dir: Path, model_path: str) -> None:
         seen = wait_all(calls, limit_s=LOOK_LIMIT_S, what="the nodes to say which files they see")
     except RayError as error:
         raise ConfigError(
-            f"a node of the cluster cannot run Grove ({str(error).splitlines()[-1]}): every node needs the same Python "
+            f"a node of the cluster cannot run Grove ({last_line(error)}): every node needs the same Python "
             "environment, and the code of this run at the same path or sent along as Ray's working directory."
         ) from error
     finally:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from conf.errors import first_line
 from conf.schema import TrackerConfig, TrackerMode
 from rl.exporter import Exporter
 from rl.metrics import METRICS, Better
@@ -100,10 +101,8 @@ class Tracker:
             action()
         except Exception as error:
             # Any exception: wandb raises its own, the system's and its protocol's, and none of them is worth a run.
-            why = (str(error).splitlines() or [""])[0]
-            logger.warning(
-                "wandb could not %s (%s: %s); the run goes on, metrics.jsonl has all", doing, type(error).__name__, why
-            )
+            why = f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("wandb could not %s (%s); the run goes on, metrics.jsonl has all", doing, why)
             return False
         return True
 

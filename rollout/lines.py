@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.errors import DamagedWeights, LineBroken
+from conf.errors import DamagedWeights, LineBroken, first_line
 from conf.schema import WeightPath
 from rollout.carriers import Broadcast, Giver, Mapped, Shared, Taker
 from rollout.deltas import applied, difference
@@ -133,14 +133,14 @@ class Sender:
                 size += buffer.numel()
                 brought += self._give(sending, number, rows, tensors, buffer)
             except RuntimeError as error:
-                broken = _first_line(error)
+                broken = first_line(error)
             number += 1
         try:
             if self._num and not broken:
                 self._tell(f"{sending}/{number}", END)
                 self._told += until_all(self._store, f"{sending}/{END}", self._num, self._limit_s)
         except RuntimeError as error:
-            broken = _first_line(error)
+            broken = first_line(error)
         return Sent(size, brought, broken)
 
     def _give(self, sending: int, number: int, rows: Sequence[Rows], tensors: Sequence[Tensor], buffer: Tensor) -> int:
@@ -334,9 +334,5 @@ def _num_bytes(tensor: Tensor) -> int:
 def _broken(offer: Offer, error: Exception) -> LineBroken:
     return LineBroken(
         f"the learner's lines ({', '.join(offer.lines)}, cluster.weights={offer.path.value}) broke while version "
-        f"{offer.version} came: {_first_line(error)}"
+        f"{offer.version} came: {first_line(error)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
-from conf.errors import DamagedWeights, EngineLost, GroveError, LineBroken, WaitTimeout, WorkerLost
+from conf.errors import DamagedWeights, EngineLost, GroveError, LineBroken, WaitTimeout, WorkerLost, first_line
 from conf.schema import Config, RolloutConfig
 from rollout.balance import least_busy
 from rollout.lines import Offer
@@ -167,7 +167,7 @@ class RolloutPool:
                 try:
                     tree = value_of(ref)
                 except LOST as error:
-                    self._replace(worker, actor, str(error).splitlines()[0])
+                    self._replace(worker, actor, first_line(error))
                     continue
                 self._tree_tokens += (tree.num_generated_tokens() - self._tree_tokens) / 16
                 num_done += 1
@@ -225,7 +225,7 @@ class RolloutPool:
                     arrivals.append(value_of(ref))
                 except LOST as error:
                     lost(f"rollout worker {worker.number} was lost")
-                    self._replace(worker, actor, str(error).splitlines()[0])
+                    self._replace(worker, actor, first_line(error))
                 except (DamagedWeights, LineBroken) as error:
                     failed = error
         if failed is not None:
@@ -243,7 +243,7 @@ class RolloutPool:
                         wait_all([actor.sleep.remote()], limit_s=WEIGHTS_LIMIT_S, what=what)
                         break
                     except LOST as error:
-                        self._replace(worker, actor, str(error).splitlines()[0])
+                        self._replace(worker, actor, first_line(error))
 
     def sample_everywhere(self, requests: Sequence[tuple[list[int], Sampling]]) -> list[list[Sampled]]:
         """The same steps, given as (context ids, sampling), by each engine: one list for each engine.
@@ -260,7 +260,7 @@ class RolloutPool:
                 call = actor.sample.remote(requests)
                 return wait_all([call], limit_s=WEIGHTS_LIMIT_S, what=f"worker {worker.number} to sample")[0]
             except LOST as error:
-                self._replace(worker, actor, str(error).splitlines()[0])
+                self._replace(worker, actor, first_line(error))
                 if worker not in self._workers:
                     worker = self._workers[0]
 
@@ -424,8 +424,7 @@ class RolloutPool:
             self._give_newest(workers)
         except (*LOST, ActorUnschedulableError) as error:
             raise WorkerLost(
-                f"a rollout worker died while loading the model ({str(error).splitlines()[0]}). "
-                f"Its log is in {self._log_dir}."
+                f"a rollout worker died while loading the model ({first_line(error)}). Its log is in {self._log_dir}."
             ) from error
         except RayTaskError as error:
             raise WorkerLost(

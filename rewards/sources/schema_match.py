@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator, validators
 
+from conf.errors import first_line
 from rollout.types import StepFacts
 
 RUNS_APART = True
@@ -64,7 +65,7 @@ def _validator(text: str) -> Any:
     try:
         kind.check_schema(schema)  # pyright: ignore[reportArgumentType]
     except Exception as error:
-        raise ValueError(f'the schema "{text[:80]}" is not valid: {str(error).splitlines()[0]}') from error
+        raise ValueError(f'the schema "{text[:80]}" is not valid: {first_line(error)}') from error
     # This registry knows the published meta-schemas alone; the library's default would ask the network for the rest.
     return kind(schema, registry=validators.SPECIFICATIONS)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -6,7 +6,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, last_line
 from rl.jobs.versions import differences, pinned_versions, refusal
 from rollout.waiting import wait_all
 
@@ -31,7 +31,7 @@ def require_equal_nodes() -> None:
         found = wait_all(asked, limit_s=NODES_LIMIT_S, what="the versions of the other nodes")
     except (RayError, ImportError) as error:
         raise ConfigError(
-            f"a node of the cluster could not say what is installed there ({str(error).splitlines()[-1]}), so no part "
+            f"a node of the cluster could not say what is installed there ({last_line(error)}), so no part "
             f"of the run would start on it. Is Grove installed in the environment that Ray was started from?"
         ) from error
     for node, there in zip(others, found, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from conf.errors import LaunchError
+from conf.errors import LaunchError, first_line
 from rl.jobs import passed
 from rl.jobs.plan import Plan
 from rl.jobs.record import Launch, State
@@ -140,7 +140,7 @@ def _client(address: str, limit_s: float) -> _Client:
             return _Client(address, limit_s)
     except Exception as error:  # of the connection, of the token, or set off by what another server answers
         raise LaunchError(
-            f"no job server of Ray answers at launch.ray.address={address} ({str(error).splitlines()[0]}): the run can "
+            f"no job server of Ray answers at launch.ray.address={address} ({first_line(error)}): the run can "
             f"be neither started nor watched. Is the cluster up, with its dashboard, and is RAY_AUTH_TOKEN its own? "
             f"From elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD."
         ) from error
