@@ -166,12 +166,12 @@ def figures(trees: list[Tree], counts: dict[str, int]) -> dict[str, float]:
 
 def measured_apart(case: int, way: str, model_path: str, num_prompts: int) -> dict[str, float]:
     """The figures of one way, from an engine in a process of its own."""
-    from rollout.worker import worker_environment
+    from rollout.process import engine_environment
 
     command = [sys.executable, "-m", "benchmarks.computed", "--case", str(case), "--way", way, "--model", model_path]
     done = subprocess.run(
         [*command, "--prompts", str(num_prompts)],
-        env=os.environ | worker_environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        env=os.environ | engine_environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         check=False,

@@ -69,13 +69,13 @@ def pool_run(cfg: Config, model_path: str, log_dir: Path, num_prompts: int) -> t
 
 def bare_run(model_path: str, overrides: list[str], requests_path: Path, num_threads: int) -> list[float]:
     """Seconds of each repetition by `vllm.LLM.generate` in a fresh process."""
-    from rollout.worker import worker_environment
+    from rollout.process import engine_environment
 
     quiet = {"OMP_NUM_THREADS": str(num_threads), "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-m", "benchmarks.rollout", "--bare", str(requests_path), "--model", model_path]
     done = subprocess.run(
         [*command, *overrides],
-        env=os.environ | worker_environment() | quiet,
+        env=os.environ | engine_environment() | quiet,
         capture_output=True,
         text=True,
         check=False,

@@ -21,9 +21,9 @@ from rewards.service import RewardService
 from rewards.types import ScoredTree
 from rollout.balance import at_home
 from rollout.busy import BusyClock
+from rollout.process import begin_actor
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
-from rollout.worker import send_output_to
 
 COMPLETION_TRIES = 3
 HOME_SLACK = 8
@@ -87,7 +87,7 @@ class RewardActor:
     ):
         """As `RewardService`; what the process prints goes to the file `log_path`, where one is given."""
         if log_path:
-            send_output_to(Path(log_path))
+            begin_actor(Path(log_path))
         cache = Path(cache_path) if cache_path else None
         self._service = RewardService(cfg, columns, models=models, cache_path=cache)
         self._workers: list[Any] = []

@@ -31,6 +31,7 @@ from rl.commands import (
 from rl.commands.shared import RED, YELLOW, print_lines, say
 from rl.completion import SETTINGS, candidates
 from rl.exit_codes import ERROR, INTERRUPTED, LOST, REFUSED, TOLD
+from rollout.process import collect_seldom
 
 COMMANDS = (
     train,
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns: 0, or what `rl.exit_codes` names.
     """
+    collect_seldom()
     words = sys.argv[1:] if argv is None else argv
     is_supervised = words[:1] == [train.TRAIN_HERE]
     try:

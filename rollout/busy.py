@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rollout.engine import Engine, Groups
-from rollout.lines import Offer
 from rollout.types import Sampled, Sampling
+
+if TYPE_CHECKING:  # these load torch, and the reward service has a clock too
+    from rollout.engine import Engine, Groups
+    from rollout.lines import Offer
 
 
 class BusyClock:

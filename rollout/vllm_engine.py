@@ -1,6 +1,6 @@
 """The real engine: vLLM. It and `rewards.models.vllm_model` alone import vllm; import it in the process that serves.
 
-On CPU vLLM needs the environment of `rollout.worker.worker_environment` set before the import.
+On CPU vLLM needs the environment of `rollout.process.engine_environment` set before the import.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from rollout.engine import Engine
 from rollout.expand import build_expander
 from rollout.grow import complete_path, grow_tree
 from rollout.lines import Offer
+from rollout.process import begin_actor, engine_environment
 from rollout.seeds import derive_seed
 from rollout.shards import Arrival, Arriving, Published
 from rollout.tree import Node, Tree
@@ -28,40 +28,6 @@ from rollout.types import Prompt, Sampled, Sampling
 
 PIECE_LIMIT_S = 600.0
 """Longest wait for one piece of new weights."""
-
-
-def worker_environment() -> dict[str, str]:
-    """Environment variables of a worker's process; vLLM reads them when it is imported."""
-    return {
-        # Spinning OpenMP threads of two engines on two cores cost a factor of 20.
-        "OMP_NUM_THREADS": "1",
-        # On CPU the executor then lives in the engine's process: one process less for each worker.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # On CPU the compiler would be run for one tiny function at the first request (9 s).
-        "TORCH_COMPILE_DISABLE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        # The driver has resolved the model to a folder.
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
-def gpu_worker_environment() -> dict[str, str]:
-    """As `worker_environment`, leaving vLLM its own processes, compiler and threads on a GPU."""
-    kept = ("VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
-    return {name: value for name, value in worker_environment().items() if name in kept}
-
-
-def send_output_to(path: Path) -> None:
-    """Send this process's standard output and error, and those of the processes it starts, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
 
 
 def build_engine(cfg: Config, model_path: str) -> Engine:
@@ -90,7 +56,7 @@ class RolloutWorker:
     """Carries one engine. Async methods run side by side on one event loop, so many trees grow at once."""
 
     def __init__(self, cfg: Config, model_path: str, log_path: str, judge_actor: Any = None) -> None:
-        send_output_to(Path(log_path))
+        begin_actor(Path(log_path))
         self._cfg, self._model_path = cfg, model_path
         self._judge = ActorJudge(judge_actor, cfg.rollout.judge) if cfg.rollout.judge else None
         self._clock = BusyClock()
@@ -179,7 +145,7 @@ def start_worker(
         place: options for Ray that bind it to a node, cores and GPUs; {} for one core anywhere.
         judge_actor: who is asked about growing trees where rollout.judge names a source.
     """
-    environment = gpu_worker_environment() if place.get("num_gpus") else worker_environment()
+    environment = engine_environment(on_gpu=bool(place.get("num_gpus")))
     options: dict[str, Any] = {
         "num_cpus": 1,
         "max_concurrency": 1000,

@@ -164,5 +164,9 @@ def test_composing_a_config_loads_neither_torch_nor_an_engine():
     assert loaded & {"torch", "transformers", "vllm", "ray", "trl", "wandb"} == set()
 
 
+def test_the_reward_service_starts_without_torch():
+    assert modules_after("import rewards.actor") & {"torch", "transformers", "vllm", "trl", "wandb"} == set()
+
+
 def test_the_command_line_answers_without_torch():
     assert modules_after("import rl.cli") & {"torch", "transformers", "vllm", "ray", "trl", "wandb"} == set()

@@ -15,14 +15,14 @@ from conf.errors import ConfigError
 from conf.schema import ModelKind, RewardModelConfig
 from rewards.models.base import MarkedText, Message, ModelError, Reply
 from rewards.models.local import identity_of, resolved
-from rollout.worker import gpu_worker_environment, send_output_to, worker_environment
+from rollout.process import begin_actor, engine_environment
 
 
 class RewardModelActor:
     """Carries one model. Calls run side by side on one event loop: the engine sees them together and batches them."""
 
     def __init__(self, name: str, cfg: RewardModelConfig, log_path: str) -> None:
-        send_output_to(Path(log_path))
+        begin_actor(Path(log_path))
         self._name, self._cfg = name, cfg
         self._model: Any = None
 
@@ -154,7 +154,7 @@ def start_model(name: str, cfg: RewardModelConfig, log_dir: Path, *, place: Mapp
         "num_cpus": 0,
         "max_concurrency": 1000,
         "max_restarts": 0,
-        "runtime_env": {"env_vars": gpu_worker_environment() if place.get("num_gpus") else worker_environment()},
+        "runtime_env": {"env_vars": engine_environment(on_gpu=bool(place.get("num_gpus")))},
         **place,
     }
     handle = ray.remote(RewardModelActor).options(**options).remote(name, here, str(log_dir / f"model_{name}.log"))

@@ -1,6 +1,6 @@
 """Reward models on a vLLM engine of the run's own; import it in the process that serves.
 
-On CPU vLLM needs the environment of `rollout.worker.worker_environment` set before the import.
+On CPU vLLM needs the environment of `rollout.process.engine_environment` set before the import.
 """
 
 from __future__ import annotations

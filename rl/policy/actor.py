@@ -24,11 +24,11 @@ from rl.policy.ranks import Ranks, join
 from rollout.busy import BusyClock
 from rollout.lines import Sender, Sent
 from rollout.meeting import LOOPBACK, meeting_address, open_meeting
+from rollout.process import begin_actor
 from rollout.seeds import derive_seed
 from rollout.shards import Piece, Published, as_bytes, piece_of
 from rollout.tree import Tree
 from rollout.waiting import value_of, wait_all
-from rollout.worker import send_output_to
 
 Calls = list["ray.ObjectRef[Any]"]
 """One call on every rank, rank 0's first."""
@@ -41,7 +41,7 @@ class LearnerActor:
     """Forwards to one rank's `rl.policy.learner.Learner`, in a process of its own."""
 
     def __init__(self, cfg: Config, model_path: str, rank: int, log_path: str) -> None:
-        send_output_to(Path(log_path))
+        begin_actor(Path(log_path))
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", force=True)
         logging.getLogger("rl").setLevel(logging.INFO)
         self._cfg, self._model_path, self._rank = cfg, model_path, rank

@@ -16,10 +16,10 @@ from conf.schema import Config
 from rl.generators import seed_generators
 from rl.policy.memory import keep_freed_memory
 from rollout.busy import BusyClock
+from rollout.process import begin_actor
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from rollout.waiting import wait_all
-from rollout.worker import send_output_to
 
 LOG = "prm.log"
 
@@ -28,7 +28,7 @@ class PrmActor:
     """Forwards to a `rl.policy.prm.ProcessRewardModel`, in a process of its own."""
 
     def __init__(self, cfg: Config, policy_path: str, log_path: str) -> None:
-        send_output_to(Path(log_path))
+        begin_actor(Path(log_path))
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", force=True)
         self._cfg, self._policy_path = cfg, policy_path
         self._model: Any = None
