@@ -47,8 +47,8 @@ demo: install ## train a tiny agent on two CPU cores, in minutes (SEED=0)
 test: install ## run all tests; those that need a CUDA device are skipped without one
 	@GROVE_REQUIRE_KEYS=1 $(PYTEST) -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
 
-test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in under three minutes
-	@$(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
+test-fast: install ## run the tests that need no Ray, vLLM, network or GPU, in under two minutes
+	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-few} $(PYTEST) -n auto -m "not ray and not vllm and not slow and not gpu" $(ARGS)
 
 chaos: install ## 50 steps whose workers are killed every 5, against an undisturbed run; minutes
 	@GROVE_CHAOS_STEPS=50 $(PYTEST) tests/rl/test_chaos.py $(ARGS)

@@ -64,6 +64,7 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 
 # The same examples every time, so that a change is what breaks a test; HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("repeat", derandomize=True)
+settings.register_profile("few", derandomize=True, max_examples=20)
 settings.register_profile("search", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 

@@ -76,6 +76,7 @@ def run_block(block: Block, page: str, namespace: dict[str, object]) -> None:
                 assert main(words[1:]) == 0, f"{page}: `{line}` failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", GUIDES)
 def test_what_a_guide_shows_works_when_read_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

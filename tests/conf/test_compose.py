@@ -59,6 +59,7 @@ def test_long_variant_has_room_for_five_hops(name: str):
     assert (cfg.learner.learning_rate, cfg.run.max_generated_tokens) == (3e-4, 300_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", sorted(group_choices()))
 def test_every_shipped_choice_composes(group: str):
     for choice in group_choices()[group]:

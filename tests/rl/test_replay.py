@@ -33,6 +33,8 @@ from rl.run_folder import RunFolder, open_run_folder
 from rl.run_folder import settings as plain
 from rl.shares import recorded_trees, shares_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -176,9 +176,10 @@ def test_no_key_is_written_to_disk(whole: Path):
 
 @pytest.mark.timeout(600)
 def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_bit(whole: Path, room: Path):
-    alone = "rollout.num_workers=1"  # seeds name their place: one worker grows what two grew
-    train(room, "halves", f"run.num_steps={HALF}", alone)
-    train(room, "halves", f"run.num_steps={STEPS}", "run.resume=true", alone)
+    # Seeds name their place: one worker grows what two grew.
+    alone = ["rollout.num_workers=1", "tracker=disabled"]
+    train(room, "halves", f"run.num_steps={HALF}", *alone)
+    train(room, "halves", f"run.num_steps={STEPS}", "run.resume=true", *alone)
     assert metrics(room / "halves") == metrics(whole)
     halves = state(room / "halves", STEPS)
     for name, value in state(whole, STEPS).items():
@@ -240,7 +241,7 @@ KL_IN_REWARD = [
 )
 def test_a_run_trains_by_other_losses_layouts_and_ranks(room: Path, whole: Path, choice: list[str]):
     name = choice[0].replace("=", "_")
-    train(room, name, "run.num_steps=2", "run.eval_every_steps=0", "rollout.num_workers=1", *choice)
+    train(room, name, "run.num_steps=2", "run.eval_every_steps=0", "rollout.num_workers=1", "tracker=disabled", *choice)
     rows = metrics(room / name)
     trained = [row for row in rows if "loss/total" in row]
     assert len(trained) == 2

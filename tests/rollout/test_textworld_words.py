@@ -27,9 +27,12 @@ from rollout.grow import grow_tree
 from rollout.teaching import TEACHERS, Message, teacher_of
 from rollout.types import Prompt
 
-pytestmark = pytest.mark.skipif(
-    find_spec("textworld") is None, reason="needs the package textworld: pip install -r requirements/envs.txt"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("textworld") is None, reason="needs the package textworld: pip install -r requirements/envs.txt"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

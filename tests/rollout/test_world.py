@@ -28,6 +28,8 @@ from rollout.types import Prompt, StepKind, StopReason
 from rollout.world import Fork, ThreadHost, WorldEnvironment, load_world
 from rollout.world_process import ProcessHost
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[1] / "worlds.py"
 TREE = RolloutConfig(
     expander=ExpanderKind.random_expand,
@@ -123,7 +125,6 @@ def test_a_turn_that_was_cut_or_says_nothing_never_reaches_the_world():
 # --- forks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fork", ["stateless", "copy", "replay"])
 @pytest.mark.parametrize("where", ["threads", "processes"])
 def test_siblings_act_from_the_same_state_whichever_acts_first(fork: str, where: str):
@@ -211,7 +212,6 @@ def test_concatenating_a_path_gives_what_the_engine_was_given_and_no_session_is_
     asyncio.run(wait_until(lambda: world.num_closes == world.num_resets + world.num_copies))
 
 
-@pytest.mark.slow
 def test_every_way_to_fork_grows_the_same_tree():
     texts = ["add 1", "add 2", "sing", "end"]
     trees = [grow(env_of(Counter(fork=fork)), ChatEngine(texts), 5) for fork in ("copy", "replay")]
@@ -249,7 +249,6 @@ def test_a_world_that_hangs_in_a_thread_is_given_up_and_others_go_on():
     assert play(env, "add 1")[0].facts.result == "total 1"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -278,7 +277,6 @@ def num_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.slow
 def test_no_process_and_no_file_outlives_its_host():
     before = num_files()
     with processes("copy", num=2) as env:
@@ -292,7 +290,6 @@ def test_no_process_and_no_file_outlives_its_host():
     assert num_files() <= before + 2  # the event loop's own may be about to close
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_ends_with_the_one_who_started_it():
     code = (
         "import asyncio, os; from rollout.world_process import ProcessHost; from rollout.types import Prompt\n"
@@ -318,7 +315,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 def test_a_process_does_not_see_secrets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_API_KEY", "hush")
     monkeypatch.setenv("MY_CITY", "Rome")

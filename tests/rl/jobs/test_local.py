@@ -18,6 +18,8 @@ from rl.jobs.local import ThisMachine
 from rl.jobs.plan import Plan
 from rl.jobs.record import Launch, State
 
+pytestmark = pytest.mark.slow
+
 SAVES = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(130)))

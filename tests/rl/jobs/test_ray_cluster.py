@@ -23,6 +23,8 @@ from rl.jobs.plan import Plan, plan_launch
 from rl.jobs.ray_cluster import RayCluster
 from rl.jobs.record import Launch, State
 
+pytestmark = pytest.mark.slow
+
 STATES = {"new": "PENDING", "busy": "RUNNING", "done": "SUCCEEDED", "broken": "FAILED", "ended": "STOPPED"}
 
 

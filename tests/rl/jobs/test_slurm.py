@@ -20,6 +20,8 @@ from rl.jobs.plan import Plan, plan_launch
 from rl.jobs.record import Ending, Launch, State, write_ending
 from rl.jobs.slurm import Slurm, script
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = {
     # Slurm starts a job with the variables that --export names, and kills what is left of it.
     "sbatch": """

@@ -7,6 +7,8 @@ from conf.sweep import read_sweep
 from rl.sweeps import plan as planning
 from rl.sweeps.plan import corners, plan
 
+pytestmark = pytest.mark.slow
+
 CHEAP = ("rollout.num_workers=1", "rollout.engine=transformers")
 WEIGHTS = ("credit=portool,grpo", "credit.terms.fork.weight=0.1,0.3,1", "seed=1,2,3")
 

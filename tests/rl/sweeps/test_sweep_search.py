@@ -16,6 +16,8 @@ from rl.sweeps.run import SweepRun
 from rl.sweeps.search import Search, check_search, distribution
 from rl.sweeps.show import Show
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 1000
 RATE = "learner.learning_rate=interval(0.0, 1.0)"
 
