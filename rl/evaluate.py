@@ -140,9 +140,9 @@ def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str
     with tempfile.TemporaryDirectory(prefix="grove-eval-") as logs:
         put_back = route_logs(Path(logs))
         try:
-            nobody = LEARNING - {Role.prm} if with_prm else LEARNING
+            without = {Role.learner} if with_prm else LEARNING
             prm_path = resolve_model(subject.trained, lambda *_: None) if with_prm else ""
-            with launched(cfg, cfg.model.path, Path(logs), without=nobody, prm_path=prm_path) as parts:
+            with launched(cfg, cfg.model.path, Path(logs), without=without, prm_path=prm_path) as parts:
                 outcomes = evaluate(cfg, parts, source, _restored(parts, subject.checkpoint))
         finally:
             put_back()
