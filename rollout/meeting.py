@@ -13,7 +13,7 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 
 LOOPBACK = "127.0.0.1"
 GIVEN_UP = "given up"
-LOOK_EVERY_S = 0.002
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0001, 0.002
 CONNECT_LIMIT_S = 10.0
 """Longest wait for a store that was there before anybody was told of it."""
 
@@ -84,13 +84,14 @@ def until(store: Store, done: Callable[[], bool], undone: Callable[[], str], lim
         undone: what to say when it is not done in time.
     Raises: RuntimeError when it was not done in time, or somebody gave it up.
     """
-    deadline = time.monotonic() + limit_s
+    deadline, pause_s = time.monotonic() + limit_s, FIRST_PAUSE_S
     while not done():
         if store.check([GIVEN_UP]):
             raise RuntimeError(store.get(GIVEN_UP).decode())
         if time.monotonic() > deadline:
             raise RuntimeError(f"{undone()} for {limit_s:g} s")
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def interface_of(host: str) -> str | None:

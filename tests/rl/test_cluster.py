@@ -126,7 +126,8 @@ ON_GPUS = [
 
 @pytest.mark.parametrize("overrides", ON_GPUS)
 def test_on_gpus_engines_sample_from_the_weights_that_came(room: Path, overrides: list[str]):
-    found = trained(room, "-".join(overrides), "learner.num_processes=1", "rollout.num_workers=1", *overrides)
+    name = "-".join(overrides).replace("=", "_")  # which no setting's text may hold unquoted
+    found = trained(room, name, "learner.num_processes=1", "rollout.num_workers=1", *overrides)
     straight = any(each.startswith("cluster.weights=") for each in overrides)
     assert found["by_store"] == [not straight] * STEPS
     gaps = [row["weights/canary_gap_nats"] for row in found["metrics"]]
