@@ -36,6 +36,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.nccl import unpinned_nccl_env
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -112,8 +113,10 @@ class GroupTransfer(WeightTransferEngine[_NoInit, _Group]):
         """Load every tensor of the group, or all that comes over the learner's lines."""
         model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
         if update_info.offer:
-            for tensors in self._receiver.groups(Offer.from_plain(update_info.offer)):
-                model.load_weights(iter(tensors.items()))
+            # NCCL hangs where the processes of a communicator differ in the variables that vLLM sets for its own.
+            with unpinned_nccl_env():
+                for tensors in self._receiver.groups(Offer.from_plain(update_info.offer)):
+                    model.load_weights(iter(tensors.items()))
             return
         tensors = load_file(update_info.path) if update_info.path else update_info.tensors
         model.load_weights(iter(tensors.items()))
