@@ -21,7 +21,7 @@ from rl.launch import Parts, launched
 from rl.model import resolve_model
 from rl.outcomes import PromptOutcome, prompt_outcomes, write_outcomes
 from rl.placement import LEARNING, Role
-from rl.policy.written import MODEL
+from rl.policy.written import MODEL, PRM
 from rl.prm import prm_scored
 from rl.run_folder import RunFolder, route_logs
 from rollout.data import PromptSource, build_prompt_source
@@ -127,11 +127,11 @@ def evaluate_run(path: str, overrides: list[str], out: str = "", config_dir: str
     cfg = subject.cfg
     require_runnable(cfg)
     with_prm = chooses_by_own_prm(cfg)
-    if with_prm and subject.checkpoint is None:
+    if with_prm and not (subject.checkpoint and (subject.checkpoint.path / PRM).is_dir()):
         raise ConfigError(
             f"run.eval_score={cfg.run.eval_score} is the process reward model that a run trains beside its policy, "
-            f'and "{path}" is the folder of a policy alone. Give the folder of the run, or choose by another source '
-            "with --score."
+            f'and "{path}" holds a policy alone. Give the folder of a run that trained one, or choose by another '
+            "source with --score."
         )
     started = time.monotonic()
     from transformers import AutoTokenizer

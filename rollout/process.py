@@ -9,7 +9,7 @@ from pathlib import Path
 
 COLLECT_AFTER = (50_000, 20, 20)
 """Objects made since the last collection, and collections of a generation, until the next. Python's own (700, 10, 10)
-looks at a library's objects again and again while it is imported, which takes a sixth of the time that vLLM's takes."""
+looks at a library's objects again and again while it is imported: a sixth of the time of vLLM's import."""
 
 
 def collect_seldom() -> None:

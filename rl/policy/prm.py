@@ -26,12 +26,10 @@ from rl.policy.rank_files import Shards, begin_shards
 from rl.policy.ranks import Ranks
 from rl.policy.stored import Writing
 from rl.policy.trained import Trained
-from rl.policy.written import Written
+from rl.policy.written import PRM, Written
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 
-PRM = "prm"
-"""Folder of the model inside a checkpoint."""
 GENERATORS = "generators/prm"
 NUM_DRIFT_TREES = 8
 """Trees that are scored once more after an update, to see how far it moved the scores."""

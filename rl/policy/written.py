@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 MODEL = "model"
 """Folder of the policy inside a checkpoint; loads in transformers and vLLM as it is."""
+PRM = "prm"
+"""Folder of the run's own process reward model inside a checkpoint; not there where the run has none."""
 
 
 @dataclass(frozen=True, slots=True)

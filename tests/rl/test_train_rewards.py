@@ -119,7 +119,7 @@ def test_a_model_of_progress_feeds_the_critics_rewards(room: Path, tmp_path: Pat
     for mine, its in zip(alone, samples, strict=True):
         assert mine.step_scores["contribution"] == pytest.approx(its.step_scores["contribution"], abs=1e-5)
     only_policy = str(folder / "checkpoints" / "step_000002" / "model")
-    assert "is the folder of a policy alone" in refused("eval", only_policy, *spa, *taught, *chosen)
+    assert "holds a policy alone" in refused("eval", only_policy, *spa, *taught, *chosen)
 
 
 def test_judges_models_and_rollouts_score_one_run_that_a_breaking_endpoint_does_not_stop(room: Path, tmp_path: Path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -70,8 +68,8 @@ def groups(tensors: dict[str, Tensor]) -> list[tuple[list[Rows], list[Tensor]]]:
 def engine(offer: Offer, device: str, connection: Connection) -> None:
     """What an engine's process does: takes every sending that it is told of, and says what arrived."""
     receiver = Receiver(torch.device(device))
-    while (sending := connection.recv()) is not None:
-        found: dict[str, Tensor] = {}
+    while True:
+        sending, found = connection.recv(), dict[str, Tensor]()
         for tensors in receiver.groups(offer.of(sending, sending)):
             found |= {name: tensor.clone() for name, tensor in tensors.items()}
         connection.send({name: (str(tensor.device), tensor.cpu().float().numpy()) for name, tensor in found.items()})
@@ -94,8 +92,7 @@ class Engine:
         return {name: (device, torch.from_numpy(array)) for name, (device, array) in self.connection.recv().items()}
 
     def kill(self) -> None:
-        if self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.join(LIMIT_S)
 
 
